@@ -1,0 +1,1 @@
+"""Runnable scripts: read a config, call the library, write a recipe."""

@@ -1,0 +1,1 @@
+"""What every room needs: reports, named errors, atomic files, the registry, the step context."""

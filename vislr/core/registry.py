@@ -1,0 +1,108 @@
+"""What `vislr.apply` can put on a model: one line per kind, nothing imported until it is used.
+
+A handler is a module with two functions::
+
+    attach(module, change, name) -> Attached     # changes the module; all or nothing
+    detach(module, attached) -> None             # exact, or UndoError
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from vislr.core.errors import ConfigError, hint
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of change.
+
+    Attributes:
+        name: short name, as written in records and files.
+        config: "module:Class" of the config or plan.
+        handler: module with `attach` and `detach`.
+        structural: whether the change is part of the component's saved structure.
+        description: one line for listings.
+    """
+
+    name: str
+    config: str
+    handler: str
+    structural: bool
+    description: str
+
+
+@dataclass
+class Attached:
+    """What a handler did, and what it needs to take it back.
+
+    Attributes:
+        sites: full names of the modules touched.
+        change: the change with everything resolved, as plain JSON data.
+        undo: whatever `detach` needs; None if the change cannot be taken back.
+        notes: lines for the report.
+    """
+
+    sites: tuple[str, ...]
+    change: dict[str, Any]
+    undo: Any = None
+    notes: tuple[str, ...] = field(default=())
+
+
+_KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("convlora", "vislr.adapters.conv_lora:ConvLoraConfig", "vislr.adapters.inject", False,
+             "low-rank reshaped updates of convs and linears (ConvLoRA)"),
+        Kind("flora", "vislr.adapters.flora:FloraConfig", "vislr.adapters.inject", False,
+             "Tucker updates of convs and linears (FLoRA)"),
+        Kind("peft", "peft:PeftConfig", "vislr.adapters.inject", False,
+             "any adapter config of peft: LoRA, DoRA, LoHa, LoKr, OFT, ..."),
+    )
+}  # fmt: skip
+
+
+def kinds() -> list[Kind]:
+    """Every kind of change, in the order in which an object is matched against them."""
+    return list(_KINDS.values())
+
+
+def get_kind(name: str) -> Kind:
+    """The kind of this name.
+
+    Raises:
+        ConfigError: there is none; names the nearest.
+    """
+    if name not in _KINDS:
+        raise ConfigError(f"no kind of change is called '{name}'{hint(name, _KINDS)}")
+    return _KINDS[name]
+
+
+def load(reference: str) -> Any:
+    """`"package.module:Name"` -> the object."""
+    module, _, attribute = reference.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def handler_of(kind: Kind) -> ModuleType:
+    """The module that applies this kind."""
+    return importlib.import_module(kind.handler)
+
+
+def kind_of(change: object) -> Kind:
+    """The kind whose config class `change` is an instance of; the most exact one first.
+
+    Raises:
+        ConfigError: `change` is no config and no plan.
+    """
+    bases = {f"{base.__module__}:{base.__name__}" for base in type(change).__mro__}
+    for kind in _KINDS.values():
+        if kind.name != "peft" and kind.config in bases:
+            return kind
+    if any(base.__name__ == "PeftConfig" and base.__module__.startswith("peft.") for base in type(change).__mro__):
+        return _KINDS["peft"]
+    known = ", ".join(kind.config.partition(":")[2] for kind in _KINDS.values())
+    raise ConfigError(f"cannot apply a {type(change).__name__}; expected one of {known}")
