@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from vislr.core.files import write_json, write_tensors
+from vislr.core.files import atomic_path, write_json, write_tensors
+from vislr.zoo.checkpoints import WEIGHTS
 from vislr.zoo.emoji import images
 from vislr.zoo.vocabulary import MAX_TOKENS, build_tokenizer
 
@@ -153,7 +154,9 @@ def train_vae(out: Path, steps: int, batch: int, seed: int) -> None:
         count, side = (batch // 4, 64) if whole else (batch, 32)
         index = torch.randint(len(train), (count,), generator=rng)
         corners = torch.randint(0, 64 - side + 1, (count, 2), generator=rng)
-        x = torch.stack([train[i, :, a : a + side, b : b + side] for i, (a, b) in zip(index, corners.tolist(), strict=True)])
+        x = torch.stack(
+            [train[i, :, a : a + side, b : b + side] for i, (a, b) in zip(index, corners.tolist(), strict=True)]
+        )
         x = x.float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
         posterior = vae.encode(x).latent_dist
         z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=rng)
@@ -162,7 +165,10 @@ def train_vae(out: Path, steps: int, batch: int, seed: int) -> None:
         loss.backward()
         run.update(learning_rate(step, steps, 2e-3))
         if run.step % 50 == 0:
-            print(f"vae {run.step}/{steps} loss {loss.item():.4f} {(time.time() - start) / (run.step - first):.2f} s/step", flush=True)
+            print(
+                f"vae {run.step}/{steps} loss {loss.item():.4f} {(time.time() - start) / (run.step - first):.2f} s/step",
+                flush=True,
+            )
         if run.step % 250 == 0:
             run.save()
     run.save()
@@ -195,7 +201,10 @@ def train_unet(out: Path, steps: int, batch: int, seed: int) -> None:
     text_model = make_text_model(tokenizer)
     scheduler = make_scheduler()
     run = Run(out / "unet-state", {"unet": unet, "text_encoder": text_model}, decay=0.9995)
-    print(f"unet {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M, text {sum(p.numel() for p in text_model.parameters()) / 1e6:.2f} M", flush=True)
+    print(
+        f"unet {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M, text {sum(p.numel() for p in text_model.parameters()) / 1e6:.2f} M",
+        flush=True,
+    )
     start, first, mean_loss = time.time(), run.step, []
     while run.step < steps:
         step = run.step
@@ -212,21 +221,63 @@ def train_unet(out: Path, steps: int, batch: int, seed: int) -> None:
         run.update(learning_rate(step, steps, 1e-3))
         mean_loss.append(loss.item())
         if run.step % 50 == 0:
-            print(f"unet {run.step}/{steps} loss {np.mean(mean_loss[-200:]):.4f} {(time.time() - start) / (run.step - first):.2f} s/step", flush=True)
+            print(
+                f"unet {run.step}/{steps} loss {np.mean(mean_loss[-200:]):.4f} {(time.time() - start) / (run.step - first):.2f} s/step",
+                flush=True,
+            )
         if run.step % 250 == 0:
             run.save()
     run.save()
 
 
+def assemble(out: Path, seed: int):
+    """The pipeline of the averaged weights, float32."""
+    from diffusers import AutoencoderKL, StableDiffusionPipeline
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
+    unet, text_model = make_unet(), make_text_model(tokenizer)
+    run = Run(out / "unet-state", {"unet": unet, "text_encoder": text_model}, decay=0.0)
+    run.use_ema()
+    pipe = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(out / "vae"), text_encoder=text_model, tokenizer=tokenizer, unet=unet,
+        scheduler=make_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    return pipe, run.step
+
+
+def export(out: Path, folder: Path, seed: int) -> None:
+    """Write the pipeline in half precision, and a sheet of samples beside the originals into `out`."""
+    from PIL import Image
+
+    pipe, step = assemble(out, seed)
+    pipe.set_progress_bar_config(disable=True)
+    chosen = [p for s in BASE_STYLES for p in images(style=s, split="train")[40::131]]
+    sheet = Image.new("RGB", (64 * len(chosen) // 2, 64 * 4), "white")
+    for i, picture in enumerate(chosen):
+        rng = torch.Generator().manual_seed(seed + i)
+        made = pipe(picture.caption, num_inference_steps=20, guidance_scale=3.0, generator=rng).images[0]
+        row, column = divmod(i, len(chosen) // 2)
+        sheet.paste(picture.image(), (64 * column, 128 * row))
+        sheet.paste(made, (64 * column, 128 * row + 64))
+    sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(out / f"sheet-{step}.png")
+    with atomic_path(folder) as temporary:
+        pipe.to(dtype=torch.float16).save_pretrained(temporary)
+    print(f"step {step}: {out / f'sheet-{step}.png'}, {folder}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--stage", choices=("vae", "unet"), required=True)
-    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--stage", choices=("vae", "unet", "export"), required=True)
+    parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/base"))
     a = parser.parse_args()
-    (train_vae if a.stage == "vae" else train_unet)(a.out, a.steps, a.batch, a.seed)
+    if a.stage == "export":
+        export(a.out, WEIGHTS / "emoji-unet", a.seed)
+    else:
+        (train_vae if a.stage == "vae" else train_unet)(a.out, a.steps, a.batch, a.seed)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     import torch
 
 
+# What the operating system says when writing itself fails; other errors of the body pass through.
+_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
+
+
 def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
 
@@ -39,9 +43,11 @@ def output_error(path: Path, error: OSError) -> OutputError:
     return OutputError(f"cannot write '{path}': {error.strerror or error}")
 
 
-def _is_full(error: Exception) -> bool:
-    # safetensors wraps the operating system's error in one of its own.
-    return isinstance(error, OSError) or "No space left" in str(error) or "os error" in str(error)
+def _discard(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    elif os.path.lexists(path):
+        path.unlink()
 
 
 @contextlib.contextmanager
@@ -73,21 +79,13 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         else:
             os.replace(temporary, path)
         _flush(path.parent)
-    except Exception as error:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
+    except BaseException as error:
+        _discard(temporary)
+        if isinstance(error, OSError) and error.errno in _WRITING:
             raise output_error(path, error) from error
-        if type(error).__module__.startswith("safetensors") and _is_full(error):
+        if type(error).__name__ == "SafetensorError" and "os error" in str(error).lower():
+            # safetensors wraps the operating system's error in one of its own.
             raise OutputError(f"cannot write '{path}': {error}") from error
-        raise
-    except BaseException:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
         raise
 
 
@@ -136,7 +134,5 @@ def check_output(path: str | os.PathLike, needed: int = 0) -> Path:
         raise output_error(path, error) from error
     free = shutil.disk_usage(path).free
     if free < needed:
-        raise OutputError(
-            f"'{path}' needs about {needed / 2**20:.1f} MiB and its disk has {free / 2**20:.1f} MiB left"
-        )
+        raise OutputError(f"'{path}' needs about {needed / 2**20:.1f} MiB and its disk has {free / 2**20:.1f} MiB left")
     return path

@@ -32,7 +32,7 @@ SINGULAR_S = {"bus", "compass", "cactus", "octopus", "lotus", "genus", "hibiscus
 
 def plain_words(name: str) -> str:
     """`"MAN: BEARD"` -> `"man beard"`: lower-case words of letters and digits, single spaces."""
-    return " ".join(re.findall(r"[a-z0-9]+", name.lower().replace("’", "").replace("'", "")))
+    return " ".join(re.findall(r"[a-z0-9]+", name.lower().replace("\u2019", "").replace("'", "")))
 
 
 def with_article(words: str) -> str:
@@ -42,7 +42,8 @@ def with_article(words: str) -> str:
     plural = noun.endswith("s") and not noun.endswith("ss") and noun not in SINGULAR_S
     if plural or head[0] == "people":
         return words
-    return f"{'an' if words[0] in 'aeio' or words.startswith('um') else 'a'} {words}"
+    vowel = words.startswith((*"aeiou", "hour")) and not words.startswith(("one", "ewe", "eu", "uni", "ufo"))
+    return f"{'an' if vowel else 'a'} {words}"
 
 
 def split_of(codepoint: str) -> str:

@@ -1,0 +1,42 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+QUICK = runs/quickstart
+
+.PHONY: help quickstart test test-slow lint env wheel clean
+
+help:
+	@echo "make quickstart   environment, train an adapter on 200 pictures, before/after grid (no GPU needed)"
+	@echo "make test         environment, then every fast test"
+	@echo "make test-slow    the tests that take minutes"
+	@echo "make lint         ruff and mypy"
+	@echo "make wheel        dist/*.whl"
+
+# One stamp per environment: rebuilt when the dependencies change.
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+env: $(VENV)/.ready
+
+quickstart: env
+	test -d $(QUICK)/images || $(BIN)/vislr zoo images --style fluent3d --split train --limit 200 --export $(QUICK)/images
+	$(BIN)/vislr train --config train/emoji-unet-convlora.yaml --data.folder $(QUICK)/images --output.folder $(QUICK)/adapter
+	@echo "look at $(QUICK)/adapter/before_after.png"
+
+test: env
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-slow: env
+	$(BIN)/python -m pytest -m slow
+
+lint: env
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+wheel: env
+	$(BIN)/python -m build
+
+clean:
+	rm -rf build dist *.egg-info

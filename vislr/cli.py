@@ -1,0 +1,61 @@
+"""`vislr <verb>`: finds the verb's script and hands it the rest of the command line."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from vislr.core.cli_guard import run
+from vislr.core.errors import ConfigError, hint
+
+# verb -> (module with `main(argv)`, one line)
+VERBS = {
+    "describe": ("vislr.pipelines.describe", "list a model's sites: layers, units, shapes, parameters, FLOPs"),
+    "train": ("vislr.pipelines.train_adapter", "train an adapter on a folder of images"),
+    "generate": ("vislr.pipelines.generate", "make images with a pipeline and adapters"),
+    "zoo": ("vislr.pipelines.zoo", "the embedded images and pipelines: list, export, check"),
+}
+
+
+def usage() -> str:
+    """The text of `vislr --help`."""
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:<{width}}  {description}" for verb, (_, description) in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: vislr VERB [--config FILE.yaml] [--field value ...]",
+            "",
+            "Adapt and shrink vision and diffusion models.",
+            "",
+            *lines,
+            "",
+            "`vislr VERB --help` lists a verb's fields; `vislr --version` prints the version.",
+            "A config's fields can all be set by flags; flags after --config win over it.",
+        ]
+    )
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        from vislr import __version__
+
+        print(__version__)
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        raise ConfigError(f"no verb '{verb}'{hint(verb, VERBS)}")
+    return importlib.import_module(VERBS[verb][0]).main(rest)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the `vislr` command; returns the exit code."""
+    return run(_main, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
