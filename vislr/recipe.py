@@ -7,7 +7,6 @@ writes the record as `vislr.json` into an ordinary diffusers folder.
 from __future__ import annotations
 
 
-import hashlib
 import itertools
 import os
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from vislr.core import registry
 from vislr.core.errors import AdapterError, ModelError, OutputError, UndoError, VislrError, hint
 from vislr.core.files import atomic_path, read_json, write_json
+from vislr.core.hashing import content_hash
 from vislr.core.registry import Attached
 from vislr.core.report import Report
 
@@ -259,26 +259,14 @@ def base_state(module: nn.Module) -> dict[str, Any]:
     return state
 
 
-def state_hash(state: dict[str, Any]) -> str:
-    """sha256 over names, dtypes, shapes and bytes of a state dict."""
-    import torch
-
-    digest = hashlib.sha256()
-    for key in sorted(state):
-        value = state[key].detach().cpu().contiguous()
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _without_adapters(module: nn.Module) -> nn.Module:
-    """A module of the same class and config that shares the base's tensors and carries no adapter."""
+    """A module of the same class and config, for saving only: it shares the base's tensors and carries no adapter."""
     import torch
 
     with torch.device("meta"):
         plain = type(module).from_config(module.config)
     plain.load_state_dict(base_state(module), assign=True, strict=True)
-    return plain.to(module.dtype).train(module.training)
+    return plain
 
 
 def save(target: Any, folder: str | os.PathLike) -> Path:
@@ -326,7 +314,7 @@ def save(target: Any, folder: str | os.PathLike) -> Path:
             "versions": _versions(),
             "component": component,
             "class": type(module).__name__,
-            "base": state_hash(base_state(module)),
+            "base": content_hash(base_state(module)),
             "steps": [entry.to_dict() for entry in _entries(target)],
             "adapters": adapters,
             "merged": sorted(merged),

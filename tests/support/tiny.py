@@ -58,12 +58,13 @@ def tiny_unet(**changes):
     """UNet2DConditionModel with SD's topology: 4 x 8 x 8 in and out, cross attention to 16 channels, 0.15 M."""
     from diffusers import UNet2DConditionModel
 
-    settings = dict(
+    build = functools.partial(
+        UNet2DConditionModel,
         sample_size=LATENT, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=HIDDEN, attention_head_dim=2, norm_num_groups=8,
     )  # fmt: skip
-    return UNet2DConditionModel(**(settings | changes)).eval()
+    return build(**changes).eval()
 
 
 def tiny_sd_pipeline(seed: int = 0, prediction_type: str = "v_prediction"):
@@ -108,12 +109,13 @@ def tiny_sd3_transformer(**changes):
     """SD3Transformer2DModel, 2 joint blocks at hidden 16, 4 x 8 x 8 latents in patches of 2."""
     from diffusers import SD3Transformer2DModel
 
-    settings = dict(
+    build = functools.partial(
+        SD3Transformer2DModel,
         sample_size=LATENT, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
         num_attention_heads=2, joint_attention_dim=2 * HIDDEN, caption_projection_dim=16,
         pooled_projection_dim=2 * HIDDEN, pos_embed_max_size=8, qk_norm="rms_norm",
     )  # fmt: skip
-    return SD3Transformer2DModel(**(settings | changes)).eval()
+    return build(**changes).eval()
 
 
 def tiny_sd3_pipeline(seed: int = 0):
@@ -131,14 +133,15 @@ def tiny_sd3_pipeline(seed: int = 0):
 
 
 def tiny_flux_transformer(**changes):
-    """FluxTransformer2DModel: 1 double and 1 single block at hidden 16; 16 channels = 4 latent channels packed 2 x 2."""
+    """FluxTransformer2DModel: 1 double and 1 single block at hidden 16; 16 channels = 4 packed 2 x 2."""
     from diffusers import FluxTransformer2DModel
 
-    settings = dict(
+    build = functools.partial(
+        FluxTransformer2DModel,
         patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
         joint_attention_dim=HIDDEN, pooled_projection_dim=HIDDEN, guidance_embeds=False, axes_dims_rope=(2, 2, 4),
     )  # fmt: skip
-    return FluxTransformer2DModel(**(settings | changes)).eval()
+    return build(**changes).eval()
 
 
 def tiny_flux_pipeline(seed: int = 0):

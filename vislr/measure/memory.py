@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 from collections.abc import Callable
@@ -74,11 +75,9 @@ def _resident(field: str) -> int:
 
 def _resident_peak(function: Callable[[], Any], device: torch.device) -> int:
     gc.collect()
-    try:
-        # glibc keeps freed heap; what it keeps would hide as much of the next call's need.
+    # glibc keeps freed heap, which would hide as much of the next call's need. Another libc may not trim.
+    with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):
-        pass  # another libc: documented limit
     try:
         _CLEAR.write_text("5")
         before = _resident("VmRSS")

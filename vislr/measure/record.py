@@ -201,6 +201,8 @@ def _anonymous_data(value: Any) -> Any:
         return anonymous(value)
     if isinstance(value, dict):
         return {key: _anonymous_data(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_anonymous_data(item) for item in value]
     return value
 
 
@@ -213,9 +215,7 @@ def read_record(path: str | os.PathLike) -> Record:
     path = Path(path)
     try:
         content = read_json(path / "record.json")
-        content["measurements"] = {
-            key: Measurement.from_dict(one) for key, one in content["measurements"].items()
-        }
+        content["measurements"] = {key: Measurement.from_dict(one) for key, one in content["measurements"].items()}
         log, command = (path / "log").read_text("utf-8"), (path / "command").read_text("utf-8").strip()
         return Record(**content, log=log, command=command)
     except (OSError, ValueError, KeyError, TypeError) as error:

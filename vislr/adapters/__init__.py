@@ -1,0 +1,37 @@
+"""Adapters: ConvLoRA and FLoRA as peft methods, and one door through which any adapter goes on and off.
+
+Importing this registers both with peft, so `inject_adapter_in_model`, `get_peft_model`, `PeftModel` and
+diffusers' `set_adapters`, `fuse_lora`, `unfuse_lora` and `delete_adapters` know them.
+"""
+
+from vislr.adapters import conv_lora, flora
+from vislr.adapters.conv_lora import ConvLoraConfig
+from vislr.adapters.flora import FloraConfig
+from vislr.adapters.inject import adapter_names, adapter_parameters, attach, detach, set_adapters
+
+
+def _register() -> None:
+    from peft import mapping
+
+    for module, config, tuner in (
+        (conv_lora, ConvLoraConfig, conv_lora.ConvLoraModel),
+        (flora, FloraConfig, flora.FloraModel),
+    ):
+        # peft's own `register_peft_method` refuses types outside of its enum; the mappings do not.
+        kind: dict = {"config": config, "tuner": tuner, "prefix": tuner.prefix}
+        mapping.PEFT_TYPE_TO_CONFIG_MAPPING[module.PEFT_TYPE] = kind["config"]  # type: ignore[index]
+        mapping.PEFT_TYPE_TO_TUNER_MAPPING[module.PEFT_TYPE] = kind["tuner"]  # type: ignore[index]
+        mapping.PEFT_TYPE_TO_PREFIX_MAPPING[module.PEFT_TYPE] = kind["prefix"]  # type: ignore[index]
+
+
+_register()
+
+__all__ = [
+    "ConvLoraConfig",
+    "FloraConfig",
+    "adapter_names",
+    "adapter_parameters",
+    "attach",
+    "detach",
+    "set_adapters",
+]

@@ -1,0 +1,53 @@
+"""What may lie around a layer or a model without changing its names: adapters, compilation, processes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+from torch import nn
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile`, `DistributedDataParallel` or a `PeftModel`."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def original(module: nn.Module) -> nn.Module:
+    """The layer inside any number of peft layers; the module itself if there are none."""
+    # peft takes seconds to import; where nobody imported it, nothing is wrapped by it.
+    layers, other = sys.modules.get("peft.tuners.tuners_utils"), sys.modules.get("peft.utils.other")
+    while True:
+        if layers is not None and isinstance(module, layers.BaseTunerLayer):
+            module = module.base_layer
+        elif other is not None and isinstance(module, other.AuxiliaryTrainingWrapper):
+            module = module.original_module
+        else:
+            return module
+
+
+def walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module under its name in the model without adapters, in order of definition.
+
+    Yields:
+        (name, module): `module` is the outermost wrapper of the layer; `original` gives the layer.
+        What an adapter added is not visited. A module with several names comes under the first.
+    """
+    yield from _walk(module, name, set())
+
+
+def _walk(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    if module in seen:
+        return
+    seen.add(module)
+    yield name, module
+    for child_name, child in original(module).named_children():
+        yield from _walk(child, f"{name}.{child_name}" if name else child_name, seen)

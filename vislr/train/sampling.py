@@ -1,0 +1,64 @@
+"""Pictures from a pipeline at fixed prompts and seeds: a picture depends on its prompt and seed alone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vislr.train.families import sequence_length
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@contextlib.contextmanager
+def _quiet(pipe: Any) -> Iterator[None]:
+    before = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(**(before | {"disable": True}))
+    try:
+        yield
+    finally:
+        pipe._progress_bar_config = before
+
+
+def sample_images(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    guidance: float,
+    size: int | None = None,
+    batch: int = 8,
+    progress: Callable[[int], Any] | None = None,
+) -> list[Image.Image]:
+    """One picture for each pair of prompt and seed.
+
+    The first noise is drawn for each picture by itself, on the CPU, so neither the batch nor the
+    device changes it.
+
+    Args:
+        prompts, seeds: of the same length.
+        steps: denoising steps. guidance: classifier-free guidance scale.
+        size: side in pixels; None: the pipeline's own.
+        batch: pictures made at once.
+        progress: called with the number of pictures after every batch.
+    """
+    import torch
+
+    options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
+    if size is not None:
+        options |= {"height": size, "width": size}
+    if hasattr(pipe, "transformer"):
+        options["max_sequence_length"] = sequence_length(pipe)
+    images: list[Image.Image] = []
+    pairs = list(zip(prompts, seeds, strict=True))
+    with _quiet(pipe), torch.no_grad():
+        for start in range(0, len(pairs), batch):
+            part = pairs[start : start + batch]
+            rngs = [torch.Generator("cpu").manual_seed(seed) for _, seed in part]
+            images += pipe([prompt for prompt, _ in part], generator=rngs, **options).images
+            if progress is not None:
+                progress(len(part))
+    return images
