@@ -1,1 +1,1 @@
-"""Configs: one YAML for each thing that a user would run; every key commented."""
+"""YAML configs that come with vislr: `--config train/emoji-unet-convlora.yaml` finds them from anywhere."""

@@ -1,4 +1,8 @@
-"""`vislr describe MODEL`: the sites of a model and what each costs, without its weights."""
+"""`vislr describe MODEL`: the sites of a model and what each costs, without its weights.
+
+vislr describe sdxl --kind unit --removable true
+vislr describe path/to/pipeline --name "up_blocks.*.conv1" --sample.height 64 --sample.width 64
+"""
 
 from __future__ import annotations
 
@@ -32,21 +36,11 @@ class DescribeConfig:
     """Print JSON instead of a table."""
 
 
-def _expanded(argv: Sequence[str]) -> list[str]:
-    """The model may be given without its flag, and `--json` and `--removable` without a value."""
-    given = list(argv)
-    if given and not given[0].startswith("-"):
-        given.insert(0, "--model")
-    for i, argument in enumerate(given):
-        bare = i + 1 == len(given) or given[i + 1].startswith("-")
-        if argument in ("--json", "--removable") and bare:
-            given[i] = f"{argument}=true"
-    return given
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table, or JSON."""
-    arguments = _expanded(sys.argv[1:] if argv is None else argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and not arguments[0].startswith("-"):
+        arguments.insert(0, "--model")
     config = parse_config(
         DescribeConfig,
         arguments,
@@ -55,9 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     from vislr import anatomy, zoo
 
-    embedded = config.model in zoo.pipeline_names()
-    model = anatomy.skeleton(zoo.pipeline_folder(config.model) if embedded else config.model)
-    parts = anatomy.describe(model, config.sample)
+    embedded = {name: zoo.pipeline_folder(name) for name in zoo.pipeline_names()}
+    parts = anatomy.describe(anatomy.skeleton(config.model, embedded), config.sample)
     sites = parts.select(config.kind, config.name, config.stage, config.removable)
     if config.json:
         result = {

@@ -169,7 +169,7 @@ def train_vae(out: Path, steps: int, batch: int, seed: int) -> None:
                 f"vae {run.step}/{steps} loss {loss.item():.4f} {(time.time() - start) / (run.step - first):.2f} s/step",
                 flush=True,
             )
-        if run.step % 250 == 0:
+        if run.step % 100 == 0:
             run.save()
     run.save()
     run.use_ema()
@@ -225,7 +225,7 @@ def train_unet(out: Path, steps: int, batch: int, seed: int) -> None:
                 f"unet {run.step}/{steps} loss {np.mean(mean_loss[-200:]):.4f} {(time.time() - start) / (run.step - first):.2f} s/step",
                 flush=True,
             )
-        if run.step % 250 == 0:
+        if run.step % 100 == 0:
             run.save()
     run.save()
 

@@ -120,8 +120,10 @@ def apply(target: Any, change: Any, *, name: str = "default", undo: bool = True)
     flops_before, sample, note = _flops(module)
     handler = registry.handler_of(kind)
     attached = handler.attach(module, change, name)
-    flops_after = _flops(module)[0] if flops_before is not None else None
-    counted = None if flops_before is None or flops_after is None else (flops_before, flops_after)
+    counted = None
+    if flops_before is not None:
+        flops_after, _, note = _flops(module)
+        counted = None if flops_after is None else (flops_before, flops_after)
     report = Report(
         kind=kind.name,
         name=name,
@@ -248,15 +250,14 @@ def _versions() -> dict[str, str]:
 
 def base_state(module: nn.Module) -> dict[str, Any]:
     """The state dict under the base's own names: without adapters, without `base_layer` in keys."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from vislr.adapters import inject
 
-    wrapped = [f"{path}." for path, part in module.named_modules() if isinstance(part, BaseTunerLayer)]
-    state = {}
-    for key, value in module.state_dict().items():
-        inside = [path for path in wrapped if key.startswith(path)]
-        if all(key.startswith(f"{path}base_layer.") for path in inside):
-            state[key.replace(".base_layer.", ".")] = value
-    return state
+    wrapped = [f"{path}." for path, _ in inject.tuner_layers(module)]
+    return {
+        inject.plain_name(key): value
+        for key, value in module.state_dict().items()
+        if all(key.startswith(f"{path}base_layer.") for path in wrapped if key.startswith(path))
+    }
 
 
 def _without_adapters(module: nn.Module) -> nn.Module:

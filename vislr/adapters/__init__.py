@@ -19,9 +19,9 @@ def _register() -> None:
     ):
         # peft's own `register_peft_method` refuses types outside of its enum; the mappings do not.
         kind: dict = {"config": config, "tuner": tuner, "prefix": tuner.prefix}
-        mapping.PEFT_TYPE_TO_CONFIG_MAPPING[module.PEFT_TYPE] = kind["config"]  # type: ignore[index]
-        mapping.PEFT_TYPE_TO_TUNER_MAPPING[module.PEFT_TYPE] = kind["tuner"]  # type: ignore[index]
-        mapping.PEFT_TYPE_TO_PREFIX_MAPPING[module.PEFT_TYPE] = kind["prefix"]  # type: ignore[index]
+        mapping.PEFT_TYPE_TO_CONFIG_MAPPING[module.PEFT_TYPE] = kind["config"]
+        mapping.PEFT_TYPE_TO_TUNER_MAPPING[module.PEFT_TYPE] = kind["tuner"]
+        mapping.PEFT_TYPE_TO_PREFIX_MAPPING[module.PEFT_TYPE] = kind["prefix"]
 
 
 _register()

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from peft import PeftConfig
+from torch import nn
 
 from vislr.adapters.geometry import Geometry
 from vislr.adapters.layer import DeltaLayer, DeltaTuner
@@ -89,9 +90,7 @@ def delta_weight(A: torch.Tensor, B: torch.Tensor, shape: tuple[int, ...], scale
     return (scale * (B @ A)).reshape(shape)
 
 
-def chain_forward(
-    x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float, geometry: Geometry
-) -> torch.Tensor:
+def chain_forward(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float, geometry: Geometry) -> torch.Tensor:
     """The conv with `delta_weight(A, B)`, without making it: x (N, Ci, *S) -> (N, Co, *S').
 
     Row-major order gives row o k1 + a of B A to the a-th of k1 equal pieces of output o's weight. Where
@@ -127,6 +126,8 @@ class ConvLoraLayer(DeltaLayer):
     """A linear or conv with ConvLoRA adapters."""
 
     adapter_layer_names = ("convlora_A", "convlora_B")
+    convlora_A: nn.ParameterDict
+    convlora_B: nn.ParameterDict
 
     def create(self, name: str, config: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         self.r[name] = config.r
@@ -158,4 +159,4 @@ class ConvLoraModel(DeltaTuner):
     """peft's tuner of ConvLoRA."""
 
     prefix: str = "convlora_"
-    tuner_layer_cls: ClassVar[type] = ConvLoraLayer
+    tuner_layer_cls = ConvLoraLayer

@@ -17,11 +17,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from peft import PeftConfig
+from torch import nn
 
 from vislr.adapters.geometry import Geometry
 from vislr.adapters.layer import DeltaLayer, DeltaTuner
@@ -64,15 +65,15 @@ class FloraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE
-        several = isinstance(self.ranks, (list, tuple))
-        for rank in self.ranks if several else [self.ranks]:
+        several = list(self.ranks) if isinstance(self.ranks, (list, tuple)) else None
+        for rank in [self.ranks] if several is None else several:
             if isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1:
                 continue
             if isinstance(rank, float) and 0 < rank <= 1:
                 continue
             raise AdapterError(f"rank {rank!r}: expected a whole number of at least 1 or a fraction in (0, 1]")
-        if several and len(self.ranks) < 2:
-            raise AdapterError(f"ranks {list(self.ranks)}: a list needs an entry for out, in and each kernel axis")
+        if several is not None and len(several) < 2:
+            raise AdapterError(f"ranks {several}: a list needs an entry for out, in and each kernel axis")
         if not math.isfinite(self.scale):
             raise AdapterError(f"scale is {self.scale!r}; expected a finite number")
         if not 0 <= self.dropout < 1:
@@ -167,15 +168,11 @@ class FloraLayer(DeltaLayer):
     """A linear or conv with FLoRA adapters."""
 
     adapter_layer_names = ("flora_core", *FACTORS)
-    other_param_names = (*DeltaLayer.other_param_names, "dropout")
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        object.__setattr__(self, "dropout", {})
-        super().__init__(*args, **kwargs)
+    flora_core: nn.ParameterDict
 
     def create(self, name: str, config: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         ranks = config.ranks_of(self.geometry)
-        self.r[name], self.alpha[name], self.dropout[name] = ranks, float(config.scale), config.dropout
+        self.r[name], self.alpha[name] = ranks, float(config.scale)
         tensors = {"flora_core": torch.zeros(ranks, dtype=dtype)}
         for factor, size, rank in zip(FACTORS, self.geometry.shape, ranks, strict=False):
             tensors[factor] = torch.empty(size, rank, dtype=dtype)
@@ -198,8 +195,6 @@ class FloraLayer(DeltaLayer):
         return delta_weight(*self._parts(name, dtype), scale)
 
     def activation(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        if self.dropout[name]:
-            x = F.dropout(x, self.dropout[name], self.training)
         if use_chain(self.geometry, self.r[name], self.geometry.positions(x)):
             return chain_forward(x, *self._parts(name, x.dtype), self.scaling[name], self.geometry)
         return self.geometry.convolve(x, self.delta(name).to(x.dtype), self.geometry.groups)
@@ -209,4 +204,4 @@ class FloraModel(DeltaTuner):
     """peft's tuner of FLoRA."""
 
     prefix: str = "flora_"
-    tuner_layer_cls: ClassVar[type] = FloraLayer
+    tuner_layer_cls = FloraLayer

@@ -105,9 +105,9 @@ def _same(size: int, k: int, s: int, d: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
-def why_not(layer: nn.Module) -> str:
+def why_not(layer: Any) -> str:
     """Why a layer cannot carry an adapter, or "" if it can."""
-    kind = next((cls for cls in _PLAIN.values() if isinstance(layer, cls)), None)
+    kind: Any = next((cls for cls in _PLAIN.values() if isinstance(layer, cls)), None)
     if kind is None:
         return "is no Linear, Conv1d, Conv2d or Conv3d"
     if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
@@ -120,14 +120,13 @@ def why_not(layer: nn.Module) -> str:
     if isinstance(layer, nn.Linear):
         shape: tuple[int, ...] = (layer.out_features, layer.in_features)
     else:
-        # `kind` is one of torch's convs here, whose attributes are the same.
-        shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)  # type: ignore[operator, misc]
+        shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
     if tuple(weight.shape) != shape:
         return f"packs its weight as {tuple(weight.shape)} where {shape} is expected"
     if _is_same(layer):
         return ""
     own = getattr(type(layer), "_conv_forward", None)
-    if type(layer).forward is not kind.forward and not _casts_only(layer) or own is not getattr(
+    if (type(layer).forward is not kind.forward and not _casts_only(layer)) or own is not getattr(
         kind, "_conv_forward", None
     ):
         return "computes something else than its weight says"

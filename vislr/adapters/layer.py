@@ -11,9 +11,10 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
@@ -21,13 +22,20 @@ from vislr.adapters.geometry import Geometry, geometry_of
 from vislr.adapters.targets import resolve
 from vislr.core.errors import AdapterError, FormatError
 
+# What models, and peft's LoRA when it nests around us, read from a layer beside its weight and bias.
+_FORWARDED = frozenset(
+    ("in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation",
+     "groups", "padding_mode")
+)  # fmt: skip
 
-def chain(layer: nn.Module) -> Iterator[nn.Module]:
+
+def chain(layer: Any) -> Iterator[nn.Module]:
     """The layer, then each `base_layer` below it: tuner layers of several kinds nest."""
-    yield layer
-    while isinstance(layer, BaseTunerLayer):
-        layer = layer.base_layer
+    nested = True
+    while nested:
         yield layer
+        nested = isinstance(layer, BaseTunerLayer)
+        layer = layer.base_layer if nested else layer
 
 
 @dataclass
@@ -57,10 +65,11 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     Attributes:
         base_layer: what was there before; a conv or linear, or a tuner layer of another kind.
         geometry: how the innermost layer applies its weight.
-        r, alpha, scaling: per adapter name; `scaling` is what the delta is multiplied with now.
+        r, alpha, scaling, dropout: per adapter name; `scaling` is what the delta is multiplied with now,
+            `dropout` the probability with which an entry of the adapter's input is dropped in training.
     """
 
-    other_param_names = ("r", "alpha", "scaling")
+    other_param_names = ("r", "alpha", "scaling", "dropout")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any) -> None:
         super().__init__()
@@ -71,6 +80,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         self.r: dict[str, Any] = {}
         self.alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
+        self.dropout: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
@@ -79,12 +89,22 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
     def add(self, name: str, config: Any) -> None:
         """Make the parameters of adapter `name`: float32 (float64 on a float64 layer), where the weight is."""
-        weight = self.get_base_layer().weight
+        weight = self._base.weight
         tensors = self.create(name, config, dtype=torch.promote_types(weight.dtype, torch.float32))
         for attribute, tensor in tensors.items():
             getattr(self, attribute)[name] = nn.Parameter(tensor.to(weight.device))
         self.scaling[name] = self.unit_scale(name)
+        self.dropout[name] = getattr(config, "dropout", 0.0)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _FORWARDED:
+            return getattr(self.get_base_layer(), name)
+        return super().__getattr__(name)
+
+    @property
+    def _base(self) -> Any:
+        return self.get_base_layer()
 
     @abstractmethod
     def create(self, name: str, config: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -112,7 +132,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         for name in self.active_adapters:
             if name in self.scaling and name not in self.merged_adapters:
                 single = self.geometry.dims > 0 and x.dim() == self.geometry.dims + 1
-                added = self.activation(name, x[None] if single else x)
+                inputs = F.dropout(x, self.dropout[name], self.training) if self.dropout[name] else x
+                added = self.activation(name, inputs[None] if single else inputs)
                 result = result + (added[0] if single else added)
         return result
 
@@ -123,18 +144,34 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             scale: instead of the present `scaling`.
         """
         device = next(self._tensors(name)).device.type
-        with torch.autocast(device, enabled=False):
+        # Autocast knows no meta device, and there nothing is computed that it could round.
+        with torch.autocast("cpu" if device == "meta" else device, enabled=False):
             return self._delta(name, self.scaling[name] if scale is None else scale, self._wide())
 
     def _wide(self) -> torch.dtype:
-        return torch.promote_types(self.get_base_layer().weight.dtype, torch.float32)
+        return torch.promote_types(self._base.weight.dtype, torch.float32)
 
     def _tensors(self, name: str) -> Iterator[torch.Tensor]:
-        return (getattr(self, attribute)[name] for attribute in self.adapter_layer_names)
+        return (tensor for _, tensor in self._named_tensors(name))
+
+    def _named_tensors(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+        for attribute in self.adapter_layer_names:
+            if name in getattr(self, attribute):
+                yield attribute, getattr(self, attribute)[name]
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """peft's name for `delta`."""
         return self.delta(adapter)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter's parameters off this layer.
+
+        Raises:
+            AdapterError: it is merged into the weight.
+        """
+        if adapter_name in self.merged_adapters:
+            raise AdapterError(f"adapter '{adapter_name}' is merged into the weights; unmerge (unfuse_lora) it first")
+        super().delete_adapter(adapter_name)
 
     # Scales, with the meaning that peft's layers give these names.
 
@@ -165,7 +202,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         return ground._merged
 
     def _write(self, state: Merged) -> None:
-        base = self.get_base_layer()
+        base = self._base
         assert state.original is not None
         if state.parts:
             wide = state.original.to(base.weight.device, self._wide()) + state.delta()
@@ -176,7 +213,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
     def _rebase(self, state: Merged) -> None:
         # Another kind (peft's LoRA adds in place) merged or unmerged since: carry its change over.
-        weight = self.get_base_layer().weight.data
+        weight = self._base.weight.data
         if state.original is not None and state.parts and _stamp(weight) != state.stamp:
             state.original = (weight.to(self._wide()) - state.delta()).to(weight.dtype)
 
@@ -200,7 +237,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             for name in names:
                 if not torch.isfinite(self.delta(name)).all():
                     raise AdapterError(f"adapter '{name}' has weights that are not finite; nothing was merged")
-        base, state = self.get_base_layer(), self._state()
+        base, state = self._base, self._state()
         self._rebase(state)
         added = [(self, name, self.scaling[name]) for name in names]
         if keep_base and not state.parts:
@@ -222,7 +259,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         """
         if not self.merged:
             return
-        base, state = self.get_base_layer(), self._state()
+        base, state = self._base, self._state()
         self._rebase(state)
         own = state.delta(self) if state.original is None else None
         state.parts = [part for part in state.parts if part[0] is not self]
@@ -231,20 +268,22 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             self._write(state)
         else:
             base.weight.data = (base.weight.data.to(self._wide()) - own).to(base.weight.dtype)
-            warnings.warn("unmerged by subtraction: the weights are approximate (merged without keep_base)", stacklevel=2)
+            warnings.warn(
+                "unmerged by subtraction: the weights are approximate (merged without keep_base)", stacklevel=2
+            )
         if not state.parts:
             state.original = None
 
     def original_weight(self) -> torch.Tensor | None:
         """The weight without any merged adapter of vislr; None if it was not kept."""
         state = self._state()
-        return state.original if state.parts else self.get_base_layer().weight.data
+        return state.original if state.parts else self._base.weight.data
 
     # Files.
 
     def file_tensors(self, name: str) -> dict[str, torch.Tensor]:
         """Suffix -> tensor, as the `vislr` format stores adapter `name`; `alpha` is a float32 scalar."""
-        tensors = {attribute: getattr(self, attribute)[name].detach() for attribute in self.adapter_layer_names}
+        tensors = {attribute: tensor.detach() for attribute, tensor in self._named_tensors(name)}
         return {**tensors, "alpha": torch.tensor(self.alpha[name], dtype=torch.float32)}
 
     @torch.no_grad()
@@ -253,9 +292,11 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         expected = self.file_tensors(name)
         if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in expected.items()}:
             raise FormatError(f"adapter '{name}' expects {sorted(expected)}, got {sorted(tensors)} or other shapes")
-        for attribute in self.adapter_layer_names:
-            getattr(self, attribute)[name].copy_(tensors[attribute])
-        self.alpha[name] = float(tensors["alpha"])
+        for attribute, tensor in self._named_tensors(name):
+            tensor.copy_(tensors[attribute])
+        if tensors["alpha"] != expected["alpha"]:
+            # Equal ones stay as the config says: float32 would round 0.1.
+            self.alpha[name] = float(tensors["alpha"])
         self.scaling[name] = self.unit_scale(name)
 
     def extra_repr(self) -> str:
@@ -273,7 +314,8 @@ def _stamp(weight: torch.Tensor) -> int:
 class DeltaTuner(BaseTuner):
     """Puts `DeltaLayer`s in; the targets are resolved once, against the model, before it is touched."""
 
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    target_module_mapping = {}  # noqa: RUF012
+    tuner_layer_cls: type[DeltaLayer]
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         return peft_config
@@ -286,6 +328,7 @@ class DeltaTuner(BaseTuner):
         self.peft_config[name] = resolved
         self._sites = frozenset(resolved.sites)
 
+    # peft has a static method here and calls it on the instance.
     def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
         return key in self._sites
 
@@ -301,6 +344,6 @@ class DeltaTuner(BaseTuner):
     ) -> None:
         for layer in chain(target):
             if isinstance(layer, self.tuner_layer_cls):
-                layer.add(adapter_name, peft_config)  # type: ignore[attr-defined]
+                layer.add(adapter_name, peft_config)
                 return
-        self._replace_module(parent, target_name, self.tuner_layer_cls(target, adapter_name, peft_config), target)  # type: ignore[call-arg]
+        self._replace_module(parent, target_name, self.tuner_layer_cls(target, adapter_name, peft_config), target)

@@ -7,6 +7,7 @@ None is every conv and linear of the backbone: stem, head and modulation layers 
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -39,7 +40,7 @@ def modules_outside(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def adaptable(model: nn.Module) -> dict[str, nn.Module]:
+def adaptable(model: nn.Module) -> dict[str, Any]:
     """Name -> innermost layer of every Linear and Conv1d/2d/3d that can carry an adapter."""
     layers = {name: innermost(module) for name, module in modules_outside(model).items()}
     return {name: layer for name, layer in layers.items() if not why_not(layer)}
@@ -87,11 +88,12 @@ def _by_expression(expression: str, names: Sequence[str], what: str) -> set[str]
 
 
 def _near(pattern: str, names: Sequence[str]) -> str:
-    """The nearest names: endings for a short pattern, whole names for a dotted one."""
+    """The nearest of what could have been meant: parts of names, endings as long as the pattern, whole names."""
     plain = re.sub(r"[\\^$*?()|+\[\]]", "", pattern).strip(".")
-    parts = plain.count(".") + 1
-    endings = dict.fromkeys(".".join(name.split(".")[-parts:]) for name in names)
-    return hint(plain, endings) or hint(plain, names)
+    long = plain.count(".") + 1
+    choices = dict.fromkeys(part for name in names for part in name.split("."))
+    choices |= dict.fromkeys(".".join(name.split(".")[-long:]) for name in names) | dict.fromkeys(names)
+    return hint(plain, choices)
 
 
 def _select(patterns: Any, names: Sequence[str], what: str) -> set[str]:
@@ -142,6 +144,7 @@ def resolve_with_notes(model: nn.Module, config: Any) -> tuple[list[str], tuple[
     """
     layers = adaptable(model)
     names = list(layers)
+    notes: list[str] = []
     if config.sites:
         missing = [name for name in config.sites if name not in layers]
         if missing:
@@ -152,7 +155,7 @@ def resolve_with_notes(model: nn.Module, config: Any) -> tuple[list[str], tuple[
                 else f"this {type(model).__name__} has no such layer{_near(missing[0], names)}"
             )
             raise AdapterError(f"the adapter has weights for '{missing[0]}': {reason}")
-        chosen, notes, forgiving = set(config.sites), [], False
+        chosen, forgiving = set(config.sites), False
     else:
         chosen, notes, forgiving = _chosen(model, config, names)
     left_out = []
@@ -168,17 +171,20 @@ def resolve_with_notes(model: nn.Module, config: Any) -> tuple[list[str], tuple[
                 raise AdapterError(f"'{name}': {error}") from None
             left_out.append(name)
             continue
-        if forgiving and count >= layers[name].weight.numel():  # type: ignore[operator, union-attr]
+        if forgiving and count >= layers[name].weight.numel():
             left_out.append(name)
             continue
         sites.append(name)
     if not sites:
         raise AdapterError(f"every target is too small for this rank: {', '.join(left_out[:3])}")
     if left_out:
-        more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
-        notes.append(f"left out, too small for this rank: {', '.join(left_out[:3])}{more}")
+        notes.append(f"left out, too small for this rank: {', '.join(left_out[:3])}{_more(left_out)}")
     check_shared(model, sites)
     return sites, tuple(notes)
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" and {len(names) - 3} more" if len(names) > 3 else ""
 
 
 def _chosen(model: nn.Module, config: Any, names: list[str]) -> tuple[set[str], list[str], bool]:
@@ -212,20 +218,31 @@ def resolve_peft(model: nn.Module, config: Any) -> tuple[list[str], tuple[str, .
         TargetError: a pattern matches nothing.
         AdapterError: peft's layer would be wrong there: padding other than zeros, dilation.
     """
-    from peft.tuners.tuners_utils import check_target_module_exists
+    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 
     modules = modules_outside(model)
     target = config.target_modules
-    if target is None and getattr(config, "target_parameters", None):
+    if getattr(config, "target_parameters", None):
         raise AdapterError("target_parameters is not supported; name layers in target_modules")
-    if target is None or (isinstance(target, str) and target.lower() == "all-linear"):
+    if isinstance(target, str) and target.lower() == "all-linear":
+        # peft turns the word into whole names, which it then also matches as endings: spell them out.
+        spelled: Any = _maybe_include_all_linear_layers(copy.copy(config), model)
+        sites = [n for n in modules if n in spelled.target_modules]
+        check_shared(model, sites)
+        return sites, (), True
+    if target is None:
         chosen, notes, _ = _chosen(model, config, list(adaptable(model)))
         kinds = _PEFT_LAYERS.get(_peft_type(config), (nn.Linear,))
         sites = [n for n in modules if n in chosen and isinstance(innermost(modules[n]), kinds)]
-        fitting = [n for n in sites if not _peft_is_wrong(innermost(modules[n]))]
+        # peft's LoRA wants ranks that groups divide, and cannot merge grouped convs at all.
+        fitting = [
+            name
+            for name, layer in ((name, innermost(modules[name])) for name in sites)
+            if not _peft_is_wrong(layer) and not (_peft_type(config) == "LORA" and getattr(layer, "groups", 1) > 1)
+        ]
         left = [n for n in sites if n not in fitting]
         if left:
-            notes.append(f"left out, peft computes them wrongly: {', '.join(left[:3])}")
+            notes.append(f"left out, peft cannot adapt them rightly: {', '.join(left[:3])}{_more(left)}")
         if not fitting:
             raise TargetError(f"this {type(model).__name__} has no layer that {_peft_type(config)} can adapt")
         check_shared(model, fitting)
@@ -238,7 +255,9 @@ def resolve_peft(model: nn.Module, config: Any) -> tuple[list[str], tuple[str, .
     for name in sites:
         reason = _peft_is_wrong(innermost(modules[name]))
         if reason:
-            raise AdapterError(f"'{name}': peft's {_peft_type(config)} is wrong on a conv with {reason}; ConvLoRA is not")
+            raise AdapterError(
+                f"'{name}': peft's {_peft_type(config)} is wrong on a conv with {reason}; ConvLoRA is not"
+            )
     check_shared(model, sites)
     return sites, (), False
 

@@ -12,9 +12,6 @@ from vislr.anatomy.residual import residual_names
 from vislr.anatomy.vit import image_inputs, image_sample
 from vislr.anatomy.wrapping import original, walk
 
-# What timm and torchvision call the branch that changes channels beside the main one.
-_SHORTCUTS = ("downsample", "shortcut", "proj")
-
 
 def _matches(model: nn.Module) -> bool:
     if has_config(model) or not any(isinstance(module, nn.Conv2d) for module in model.modules()):
@@ -24,19 +21,12 @@ def _matches(model: nn.Module) -> bool:
     return len([a for a in positional if a.default is a.empty]) == 1
 
 
-def _has_shortcut(module: nn.Module) -> bool:
-    branches = (getattr(module, name, None) for name in _SHORTCUTS)
-    return any(isinstance(branch, nn.Module) and not isinstance(branch, nn.Identity) for branch in branches)
-
-
 def _layout(model: nn.Module, inputs: dict[str, Any]) -> Layout:
-    residual = set(residual_names(model, inputs))
+    residual = residual_names(model, inputs)
     modules = {name: original(module) for name, module in walk(model)}
     # Blocks of the same class belong to the list even where they have no skip: they are not removable.
     classes = {type(modules[name]) for name in residual}
-    units = {
-        name: name in residual or _has_shortcut(module) for name, module in modules.items() if type(module) in classes
-    }
+    units = {name: name in residual for name, module in modules.items() if type(module) in classes}
     return Layout(_stages(list(units), modules), units)
 
 

@@ -69,8 +69,10 @@ def meta_copy(model: nn.Module) -> nn.Module:
             memo[id(tensor)] = empty
     for module in model.modules():
         for name, value in vars(module).items():
-            if name.startswith("_vislr") or name in ("_forward_hooks", "_forward_pre_hooks"):
+            if name in ("_forward_hooks", "_forward_pre_hooks"):
                 memo[id(value)] = type(value)()
+            elif name.startswith("_vislr"):
+                memo[id(value)] = None
     with _OntoMeta():
         twin = copy.deepcopy(model, memo)
     for module in twin.modules():
@@ -79,8 +81,10 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
 
 def _rebind(module: nn.Module) -> None:
-    """Make the forwards that hooks installed on the original those of the copy."""
+    """Make the forwards that hooks installed on the original those of the copy; drop vislr's own notes."""
     own = vars(module)
+    for name in [name for name in own if name.startswith("_vislr")]:
+        del own[name]
     if "_hf_hook" in own:
         for name in ("forward", "_old_forward", "_hf_hook"):
             own.pop(name, None)

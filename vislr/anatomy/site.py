@@ -120,11 +120,9 @@ class Anatomy:
         for name in dict.fromkeys(s.stage for s in self.sites):
             own = [s for s in self.sites if s.stage == name]
             # An attention module's FLOPs are its projections' and those of the product of q, k, v.
-            parts = [s for s in own if s.kind == "attention" or s.kind in LEAVES and not s.name.startswith(inside)]
+            parts = [s for s in own if s.kind == "attention" or (s.kind in LEAVES and not s.name.startswith(inside))]
             units = sum(s.kind == "unit" for s in own)
-            rows.append(
-                Stage(name, len(own), units, sum(s.parameters for s in parts), sum(s.flops for s in parts))
-            )
+            rows.append(Stage(name, len(own), units, sum(s.parameters for s in parts), sum(s.flops for s in parts)))
         parameters = self.parameters - sum(row.parameters for row in rows)
         flops = self.flops - sum(row.flops for row in rows)
         return tuple(rows) + ((Stage("other", 0, 0, parameters, flops),) if parameters or flops else ())
@@ -151,12 +149,6 @@ class Anatomy:
                 f"per forward at " + ", ".join(f"{key} {value}" for key, value in self.sample.items()),
             )
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        import dataclasses
-
-        return dataclasses.asdict(self)
 
 
 def _none(kind: str | None, removable: bool | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from vislr.core.files import read_json
 _COMPONENTS = ("unet", "transformer")
 
 
-def skeleton(reference: str | Path) -> nn.Module:
+def skeleton(reference: str | Path, folders: Mapping[str, Path] | None = None) -> nn.Module:
     """A model without weights, all tensors on meta.
 
     Args:
         reference: a diffusers folder (of a pipeline, whose denoiser is taken, or of one model), of
             which only the JSON is read; "timm:NAME"; "torchvision:NAME"; or a name in `ARCHITECTURES`.
+        folders: more names, of diffusers folders that the caller knows.
 
     Raises:
         ModelError: none of these; names the nearest.
@@ -33,11 +34,12 @@ def skeleton(reference: str | Path) -> nn.Module:
     if name in ARCHITECTURES:
         class_name, config = ARCHITECTURES[name]
         return _from_config(class_name, config, name)
-    folder = Path(name)
+    folders = folders or {}
+    folder = Path(folders.get(name, name))
     if folder.is_dir():
         return _from_folder(folder)
     raise ModelError(
-        f"'{name}' is no folder and no known architecture{hint(name, ARCHITECTURES)}"
+        f"'{name}' is no folder and no known model{hint(name, [*folders, *ARCHITECTURES])}"
         " (also possible: timm:NAME, torchvision:NAME)"
     )
 

@@ -51,7 +51,7 @@ def _layout(model: Any, inputs: dict[str, Any]) -> Layout:
     stages = tuple(f"blocks.{i}" for i in range(len(model.blocks)))
     for path in stages:
         # A block that changes its width (hierarchical transformers) does not add to its input.
-        units |= {name: path in residual for name in (path, f"{path}.attn", f"{path}.mlp")}
+        units |= dict.fromkeys((path, f"{path}.attn", f"{path}.mlp"), residual.get(path, False))
     return Layout(stages, units)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside `torch.compile`, `DistributedDataParallel` or a `PeftModel`."""
+def unwrapped(model: Any) -> Any:
+    """The module inside `torch.compile`, `DistributedDataParallel` or a `PeftModel`."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
@@ -21,7 +22,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def original(module: nn.Module) -> nn.Module:
+def original(module: Any) -> Any:
     """The layer inside any number of peft layers; the module itself if there are none."""
     # peft takes seconds to import; where nobody imported it, nothing is wrapped by it.
     layers, other = sys.modules.get("peft.tuners.tuners_utils"), sys.modules.get("peft.utils.other")
@@ -32,6 +33,15 @@ def original(module: nn.Module) -> nn.Module:
             module = module.original_module
         else:
             return module
+
+
+def strip(model: nn.Module) -> nn.Module:
+    """Put the layers themselves in the place of what wraps them, in place; returns the model."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if original(child) is not child:
+                setattr(module, name, original(child))
+    return model
 
 
 def walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:

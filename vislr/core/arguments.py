@@ -161,7 +161,7 @@ def parse_config(config: type[T], argv: Sequence[str] | None = None, *, prog: st
     """
     parser = build_parser(config, prog=prog, description=description)
     parsed = parser.parse_args(_plain_flags(list(sys.argv[1:] if argv is None else argv), parser))
-    values = {key: value for key, value in parser.instantiate_classes(parsed).as_dict().items() if key != "config"}
+    values = {key: value for key, value in parser.instantiate(parsed).as_dict().items() if key != "config"}
     return config(**values)
 
 

@@ -56,6 +56,12 @@ class LaunchError(VislrError):
     exit_code = 4
 
 
+class TrainingError(VislrError):
+    """Training cannot go on: the loss is not finite."""
+
+    exit_code = 5
+
+
 class Interrupted(VislrError):
     """The run was asked to stop, saved its state, and can go on with resume."""
 

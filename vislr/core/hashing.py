@@ -33,6 +33,6 @@ def content_hash(state: Mapping[str, torch.Tensor], note: str = "") -> str:
             raise ModelError(f"'{key}' is on the meta device: a model without values has no content to hash")
         flat = value.cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(flat.numpy())
+        digest.update(flat.numpy().tobytes())
     digest.update(note.encode())
     return digest.hexdigest()

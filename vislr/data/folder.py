@@ -152,6 +152,16 @@ class ImageFolder:
             replace(self, samples=tuple(s for s in self.samples if s in held)),
         )
 
+    def triggered(self, words: str) -> ImageFolder:
+        """The folder with `words` put before every caption that does not hold them."""
+        if not words:
+            return self
+
+        def caption(text: str) -> str:
+            return text if words.lower() in text.lower() else f"{words}, {text}"
+
+        return replace(self, samples=tuple(replace(s, caption=caption(s.caption)) for s in self.samples))
+
     def fingerprint(self) -> str:
         """sha256 over names, bytes, captions and labels of all samples, 16 hex digits."""
         digest = hashlib.sha256()

@@ -169,7 +169,7 @@ def feature_net(device: str = "cpu") -> FeatureNet:
     import torch
 
     stored = torch.load(_weights(), map_location="cpu", weights_only=True)
-    module = timm.create_model(ARCHITECTURE, pretrained=False)
+    module: Any = timm.create_model(ARCHITECTURE, pretrained=False)
     module.load_state_dict(match_in_order(stored, module.state_dict()))
     module.reset_classifier(0)
     return FeatureNet(module.to(device))

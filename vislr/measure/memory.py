@@ -29,9 +29,11 @@ def peak_memory(
     given back to the system and the kernel's high-water mark is reset; the figure is that mark
     after the call (`VmHWM`) less the resident set before it (`VmRSS`). It counts touched pages
     of every allocator and thread of the process, shared libraries that the call loads included;
-    not what child processes use, nor pages that were allocated and never touched. The kernel keeps
-    these counters to about a tenth of a MiB a core. Heap that the allocator could not give back is
-    reused without a trace, so calls under some MiB cannot be told apart.
+    not what child processes use, nor pages that were allocated and never touched. The kernel
+    counts pages per core in lots of 32 (of twice the number of cores, if that is more), so a figure
+    can be off by such a lot for every core that took part: below 1 MiB on a small machine. Heap that
+    the allocator could not give back is reused without a trace: calls under some MiB cannot be told
+    apart.
 
     On CUDA: bytes in tensors (`torch.cuda.max_memory_allocated` less what was allocated before);
     not what the caching allocator reserves beyond that, nor the context, nor libraries' own memory.

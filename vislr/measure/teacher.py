@@ -74,14 +74,14 @@ def teacher_distance(
     net_hash = content_hash(teacher.state_dict())
     parts = {}
     if len(times) == len(errors):
-        t = torch.cat(times).numpy()
+        at = torch.cat(times).numpy()
         edges = (
-            tuple(bands) if bands is not None else tuple(q * (1 if t.max() > 1 else 1e-3) for q in range(0, 1001, 250))
+            tuple(bands) if bands is not None else tuple(q * (1 if at.max() > 1 else 1e-3) for q in range(0, 1001, 250))
         )
-        if t.min() < edges[0] or t.max() > edges[-1]:
-            raise ConfigError(f"timesteps {t.min():g} to {t.max():g} leave the bands {edges[0]:g} to {edges[-1]:g}")
+        if at.min() < edges[0] or at.max() > edges[-1]:
+            raise ConfigError(f"timesteps {at.min():g} to {at.max():g} leave the bands {edges[0]:g} to {edges[-1]:g}")
         for low, high in itertools.pairwise(edges):
-            inside = (t >= low) & ((t < high) | ((high == edges[-1]) & (t == high)))
+            inside = (at >= low) & ((at < high) | ((high == edges[-1]) & (at == high)))
             if norm[inside].sum() > 0:
                 parts[f"{low:g}-{high:g}"] = _distance(error[inside], norm[inside], seed, net_hash, {})
     return _distance(error, norm, seed, net_hash, parts)

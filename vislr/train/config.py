@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from vislr.core.errors import ConfigError
 
@@ -94,27 +94,60 @@ class AdapterSection:
     r: int = 4
     """Rank."""
     alpha: float | None = None
-    """Scale of the update: alpha / r for convlora and lora, alpha for flora; null: a scale of 1."""
-    ranks: list[int] | None = None
-    """flora only: ranks of the four axes (out, in, height, width); null: (r, r, and at most 2 for the spatial ones)."""
+    """Scale of the update: convlora and lora multiply it by alpha / r, flora by alpha; null: a scale of 1."""
+    ranks: list[int | float] | None = None
+    """flora only: a rank, or a share of the size, for each axis: out, in, height, width. null: r for every axis."""
     target_modules: list[str] | None = None
-    """Names, globs or re:REGEX of the layers to adapt; null: every linear and convolution that can be adapted."""
+    """Layers to adapt: names, ends of names (to_q), all-linear, or one re:EXPRESSION over whole names;
+    null: every linear and convolution of the backbone."""
     exclude_modules: list[str] | None = None
-    """Names, globs or re:REGEX of layers to leave alone."""
+    """Layers to leave alone, written like target_modules."""
     dropout: float = 0.0
-    """Share of the adapter's input that is dropped in training."""
+    """flora and lora: share of the adapter's input that is dropped in training."""
 
     def __post_init__(self) -> None:
         _at_least(1, adapter__r=self.r)
         _above_zero(adapter__alpha=self.alpha)
         _share(adapter__dropout=self.dropout)
         for rank in self.ranks or []:
-            _at_least(1, adapter__ranks=rank)
+            _above_zero(adapter__ranks=rank)
         if self.ranks is not None and self.kind != "flora":
             raise ConfigError(f"adapter.ranks belongs to flora, and adapter.kind is {self.kind}; use adapter.r")
-        for key in ("target_modules", "exclude_modules"):
-            if getattr(self, key) == []:
-                raise ConfigError(f"adapter.{key} is an empty list; give names, or null")
+        if self.dropout and self.kind == "convlora":
+            raise ConfigError("adapter.dropout is for flora and lora; convlora has none")
+        _patterns("target_modules", self.target_modules)
+        _patterns("exclude_modules", self.exclude_modules)
+
+    def to_change(self) -> Any:
+        """The config that `vislr.apply` takes: ConvLoraConfig, FloraConfig or peft's LoraConfig."""
+        where = {
+            "target_modules": _patterns("target_modules", self.target_modules),
+            "exclude_modules": _patterns("exclude_modules", self.exclude_modules),
+        }
+        if self.kind == "lora":
+            from peft import LoraConfig
+
+            alpha = self.r if self.alpha is None else self.alpha
+            # peft's annotation says int; every scale it computes is a float.
+            return LoraConfig(r=self.r, lora_alpha=alpha, lora_dropout=self.dropout, **where)  # type: ignore[arg-type]
+        from vislr.adapters import ConvLoraConfig, FloraConfig
+
+        if self.kind == "convlora":
+            return ConvLoraConfig(r=self.r, alpha=self.alpha, **where)
+        scale = 1.0 if self.alpha is None else self.alpha
+        return FloraConfig(ranks=self.ranks or self.r, scale=scale, dropout=self.dropout, **where)
+
+
+def _patterns(key: str, patterns: list[str] | None) -> Any:
+    """Patterns as peft writes them: a list of names, or one text for an expression."""
+    if patterns is None:
+        return None
+    if not patterns:
+        raise ConfigError(f"adapter.{key} is an empty list; give names, or null")
+    special = [pattern for pattern in patterns if pattern.startswith("re:") or pattern == "all-linear"]
+    if special and len(patterns) > 1:
+        raise ConfigError(f"adapter.{key}: '{special[0]}' stands alone, and {len(patterns)} patterns are given")
+    return special[0].removeprefix("re:") if special else patterns
 
 
 @dataclass
@@ -217,8 +250,8 @@ class TrainConfig:
     """Updates of the adapter."""
     seed: int = 0
     """Every random draw is a function of this, the step and the sample."""
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    """Mixed precision of forward and backward; no: float32, the fastest for small models on a CPU."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of forward and backward: fp32 (the fastest for small models on a CPU), or mixed with bf16 or fp16."""
     processes: int | None = None
     """Number of processes that must take part; another number is an error. null: as many as are started."""
     dry_run: bool = False
@@ -228,5 +261,10 @@ class TrainConfig:
         _at_least(1, steps=self.steps, processes=self.processes)
         if not self.data.folder:
             raise ConfigError("data.folder is not given; expected a folder of pictures")
+        if self.model.base.startswith(("timm/", "torchvision/")):
+            if self.model.dtype != "float32" and self.precision == "fp32":
+                raise ConfigError(f"a classifier in {self.model.dtype} needs precision bf16 or fp16, given fp32")
+            if self.output.format != "vislr":
+                raise ConfigError(f"output.format is {self.output.format}; a classifier's adapter is written as vislr")
         if not self.output.folder:
             raise ConfigError("output.folder is not given; expected a folder for the result")

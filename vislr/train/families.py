@@ -122,7 +122,7 @@ def family_of(pipe: Any) -> Family:
     Raises:
         ModelError: none that can be trained.
     """
-    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    denoiser: Any = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     # A subclass (vislr.models) trains like the class that it is made from.
     names = {base.__name__ for base in type(denoiser).__mro__}
     if "UNet2DConditionModel" in names:

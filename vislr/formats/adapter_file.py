@@ -1,0 +1,119 @@
+"""What a read adapter file is, and the manifest in its header."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from vislr.adapters.inject import plain_config
+from vislr.adapters.layer import DeltaLayer, chain
+from vislr.adapters.targets import modules_outside
+from vislr.core.errors import AdapterError, FormatError, ModelError
+from vislr.core.hashing import content_hash
+
+SCHEMA = 1
+MANIFEST = "vislr.manifest"
+FORMATS = ("vislr", "diffusers")
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """One adapter, read and checked, not yet on a model.
+
+    Attributes:
+        kind: "convlora", "flora", "lora" (DoRA too), "loha", "lokr" or "oft".
+        config: what `attach` takes to make the same layers: a ConvLoraConfig, FloraConfig or peft config.
+        tensors: module path -> suffix of the `vislr` format -> tensor.
+        manifest: the header's manifest; of a file without one, what could be read from its keys.
+        format: "vislr" or "diffusers".
+        notes: what a user should know about the file, a line each.
+    """
+
+    kind: str
+    config: Any
+    tensors: dict[str, dict[str, torch.Tensor]]
+    manifest: dict[str, Any]
+    format: str
+    notes: tuple[str, ...] = ()
+
+
+def base_weights(layers: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Site -> the weight without any adapter, also while adapters of vislr are merged into it.
+
+    Raises:
+        AdapterError: an adapter of another kind is merged, or one of vislr was merged without keep_base.
+    """
+    found = {}
+    for site, outer in layers.items():
+        nest: list[Any] = list(chain(outer))
+        ours = [layer for layer in nest if isinstance(layer, DeltaLayer)]
+        others = [layer for layer in nest if isinstance(layer, BaseTunerLayer) and not isinstance(layer, DeltaLayer)]
+        weight = ours[-1].original_weight() if ours else nest[-1].weight.data
+        if weight is None or any(layer.merged for layer in others):
+            raise AdapterError(f"an adapter is merged into '{site}' and its base was not kept; unmerge it first")
+        found[site] = weight
+    return found
+
+
+def base_entry(module: nn.Module, sites: list[str]) -> dict[str, str]:
+    """The manifest's "base": sha256 over names, dtypes, shapes and bytes of the weights touched, and their dtype."""
+    modules = modules_outside(module)
+    weights = base_weights({site: modules[site] for site in sites})
+    dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})
+    return {"sha256": content_hash(weights), "dtype": ", ".join(dtypes)}
+
+
+def family_of(module: nn.Module) -> str:
+    """The family that anatomy reads the model as, or ""."""
+    from vislr.anatomy.families import reader_of
+
+    try:
+        return reader_of(module).family
+    except ModelError:
+        return ""
+
+
+def make_manifest(module: nn.Module, *, format: str, kind: str, component: str, config: Any, sites: list[str]) -> str:
+    """The manifest as JSON text, the same bytes for the same adapter."""
+    manifest = {
+        "schema": SCHEMA,
+        "format": format,
+        "kind": kind,
+        "component": component,
+        "family": family_of(module),
+        "architecture": type(module).__name__,
+        "config": plain_config(config),
+        "sites": dict.fromkeys(sites, kind),
+        "base": base_entry(module, sites),
+        "versions": {name: metadata.version(name) for name in ("vislr", "torch", "peft", "diffusers")},
+    }
+    return json.dumps(manifest, sort_keys=True)
+
+
+def read_manifest(text: str, path: Any) -> dict[str, Any]:
+    """Parse and check a manifest.
+
+    Raises:
+        FormatError: not JSON, an unknown schema version, or a field is missing or of the wrong type.
+    """
+    try:
+        manifest = json.loads(text)
+    except ValueError as error:
+        raise FormatError(f"'{path}': its {MANIFEST} is no JSON: {error}") from error
+    if not isinstance(manifest, dict):
+        raise FormatError(f"'{path}': its {MANIFEST} is a {type(manifest).__name__}, expected an object")
+    if manifest.get("schema") != SCHEMA:
+        raise FormatError(f"'{path}' has schema version {manifest.get('schema')!r}; this vislr knows {SCHEMA}")
+    for key, kind in (("format", str), ("kind", str), ("component", str), ("family", str), ("architecture", str),
+                      ("config", dict), ("sites", dict), ("base", dict)):  # fmt: skip
+        if not isinstance(manifest.get(key), kind):
+            raise FormatError(
+                f"'{path}': '{key}' of its {MANIFEST} is {manifest.get(key)!r}, expected a {kind.__name__}"
+            )
+    return manifest

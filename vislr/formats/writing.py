@@ -1,0 +1,81 @@
+"""Write one adapter of a model to a file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vislr.adapters.inject import adapter_layers, plain_config
+from vislr.core.errors import FormatError, hint
+from vislr.core.files import write_tensors
+from vislr.formats.adapter_file import FORMATS, MANIFEST, make_manifest
+from vislr.formats.kinds import kind_of_config, stored
+
+DIFFUSERS_METADATA = "lora_adapter_metadata"
+
+
+def write_adapter(
+    module: Any,
+    name: str,
+    path: str | os.PathLike,
+    format: str = "vislr",
+    component: str = "",
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write adapter `name`; the file is the same whether the adapter is merged or not.
+
+    Args:
+        module: the model that carries it.
+        path: the file, written beside and renamed.
+        format: "vislr" (every kind) or "diffusers" (plain LoRA).
+        component: the module's name in its pipeline ("unet", "transformer"); "": of `diffusers` files,
+            "unet" for a UNet, else "transformer".
+        metadata: further entries of the header, text to text.
+
+    Raises:
+        AdapterError: no such adapter, or a foreign adapter is merged into its layers.
+        FormatError: unknown format, or the format cannot hold this kind.
+        OutputError: the file cannot be written.
+    """
+    if format not in FORMATS:
+        raise FormatError(f"no format is called '{format}'{hint(format, FORMATS)}")
+    for key, value in (metadata or {}).items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise FormatError(f"metadata is text to text; got {key!r}: {value!r}")
+        if key in ("format", MANIFEST, DIFFUSERS_METADATA):
+            raise FormatError(f"metadata '{key}' belongs to the format")
+    layers = adapter_layers(module, name)
+    config: Any = module.peft_config[name]
+    kind = kind_of_config(config)
+    tensors = {site: stored(layer, name, kind) for site, layer in layers.items()}
+    header = dict(metadata or {})
+    if format == "diffusers":
+        component = component or ("unet" if "UNet" in type(module).__name__ else "transformer")
+        flat = _diffusers_tensors(tensors, kind, component)
+        packed = {f"{component}.{key}": value for key, value in plain_config(config).items()}
+        header[DIFFUSERS_METADATA] = json.dumps(packed, indent=2, sort_keys=True)
+    else:
+        flat = {f"{site}.{suffix}": tensor for site, parts in tensors.items() for suffix, tensor in parts.items()}
+    header[MANIFEST] = make_manifest(
+        module, format=format, kind=kind, component=component, config=config, sites=list(layers)
+    )
+    write_tensors(path, flat, header)
+    return Path(path)
+
+
+def _diffusers_tensors(
+    tensors: dict[str, dict[str, torch.Tensor]], kind: str, component: str
+) -> dict[str, torch.Tensor]:
+    flat = {}
+    for site, parts in tensors.items():
+        if kind != "lora" or "dora_scale" in parts:
+            given = "dora" if kind == "lora" else kind
+            raise FormatError(f"format 'diffusers' holds plain LoRA, not {given}; use format 'vislr'")
+        flat[f"{component}.{site}.lora_A.weight"] = parts["lora_down.weight"]
+        flat[f"{component}.{site}.lora_B.weight"] = parts["lora_up.weight"]
+    return flat
