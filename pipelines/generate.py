@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vislr.train import sample_images
     from vislr.train.prompts import check_prompts
 
-    pipe = recipe.load(config.model, torch_dtype=getattr(torch, config.dtype))
+    pipe = recipe.load(config.model, dtype=getattr(torch, config.dtype))
     if not hasattr(pipe, "components"):
         raise ModelError(f"'{config.model}' is one model; expected a whole pipeline")
     check_prompts(pipe, [("prompts", prompt) for prompt in config.prompts])

@@ -106,6 +106,7 @@ def _model(config: TrainConfig, train: ImageFolder) -> tuple[Any, nn.Module | No
     from vislr import recipe
     from vislr.train.classifiers import is_classifier, load_classifier
     from vislr.train.families import family_of
+    from vislr.train.tasks import latent_shape
 
     dtype = getattr(torch, config.model.dtype)
     if is_classifier(config.model.base):
@@ -113,10 +114,11 @@ def _model(config: TrainConfig, train: ImageFolder) -> tuple[Any, nn.Module | No
             config.model.base, len(train.classes), pretrained=config.model.pretrained, size=config.data.size
         )
         return model.to(dtype), head.to(torch.float32)
-    target = recipe.load(config.model.base, torch_dtype=dtype)
+    target = recipe.load(config.model.base, dtype=dtype)
     if not hasattr(target, "components"):
         raise ModelError(f"'{config.model.base}' is one model; expected a whole pipeline")
     family_of(target)
+    latent_shape(target, config.data.size)
     return target, None
 
 

@@ -29,7 +29,7 @@ MODELS = {
 
 def change_for(kind, model):
     if kind == "lora" and model in ("vit", "conv net"):
-        return LoraConfig(r=2, target_modules=["qkv"] if model == "vit" else r"layer\d\.0\.conv1")
+        return LoraConfig(r=2, target_modules=["qkv"] if model == "vit" else ["conv1.3"])
     if kind == "lora" and model == "sd3":
         return LoraConfig(r=2, target_modules=["to_q"])
     return CHANGES[kind]

@@ -337,7 +337,7 @@ def load(source: str | os.PathLike, *, any_base: bool = False, **options: Any) -
     Args:
         source: name of an embedded pipeline, a diffusers folder (pipeline or one model), or a hub id.
         any_base: accept adapters whose base weights differ.
-        options: passed on to `from_pretrained` (torch_dtype, revision, ...).
+        options: passed on to `from_pretrained` (dtype, revision, ...); dtype is float32 unless given.
 
     Returns:
         a diffusers pipeline, or a model if the folder is one.
@@ -387,7 +387,7 @@ def _load_diffusers(source: str | os.PathLike, options: dict[str, Any]) -> tuple
     if not folder.exists() and name in zoo.pipeline_names():
         return zoo.pipeline(name, **options), zoo.pipeline_folder(name)
     if folder.is_dir():
-        options = {"local_files_only": True, "torch_dtype": torch.float32} | options
+        options = {"local_files_only": True, "dtype": torch.float32} | options
         if (folder / "model_index.json").is_file():
             loader = diffusers.DiffusionPipeline
         elif (folder / "config.json").is_file():

@@ -135,8 +135,17 @@ def test_default_targets_are_the_backbone(family):
     stages = {site.name: site.stage for site in describe(model).sites}
     assert {stages[site] for site in sites}.isdisjoint({"stem", "head"})
     assert not [site for site in sites if "time_emb" in site or ".norm" in site]
-    expected = {"unet": "resnets.0.conv1", "sd3": "attn.to_q", "flux": "proj_mlp", "pixart": "attn2.to_k",
-                "dit": "ff.net.2", "vit": "attn.qkv", "resnet": "conv2", "convnext": "conv_dw", "mobilenet": "conv_pw"}
+    expected = {
+        "unet": "resnets.0.conv1",
+        "sd3": "attn.to_q",
+        "flux": "proj_mlp",
+        "pixart": "attn2.to_k",
+        "dit": "ff.net.2",
+        "vit": "attn.qkv",
+        "resnet": "conv2",
+        "convnext": "conv_dw",
+        "mobilenet": "conv_pw",
+    }
     assert any(site.endswith(expected[family]) for site in sites)
 
 

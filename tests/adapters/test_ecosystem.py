@@ -5,7 +5,13 @@ import sys
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from tiny import tiny_sd_pipeline, tiny_unet, tiny_vit
 
 from vislr.adapters import ConvLoraConfig, FloraConfig, adapter_names, adapter_parameters, attach, detach
@@ -41,10 +47,10 @@ def test_diffusers_switches_fuses_and_deletes(kind, pipe):
     other = "flora" if kind == "convlora" else "convlora"
     off = picture(pipe)
     weights = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
-    first = attach(pipe.unet, CONFIGS[kind], "one")
+    attach(pipe.unet, CONFIGS[kind], "one")
     randomise(pipe.unet, "one")
     one = picture(pipe)
-    second = attach(pipe.unet, CONFIGS[other], "two")
+    attach(pipe.unet, CONFIGS[other], "two")
     randomise(pipe.unet, "two", seed=2)
     two = picture(pipe)
     assert pipe.get_list_adapters() == {"unet": ["one", "two"]}
@@ -72,10 +78,12 @@ def test_diffusers_switches_fuses_and_deletes(kind, pipe):
     pipe.unload_lora_weights()
     assert torch.equal(picture(pipe), off)
     assert not hasattr(pipe.unet, "peft_config")
-    # What attach noted of the model goes with the next adapter's removal.
-    del first, second
+    # Adapters that others took off leave nothing that the next one would trip over.
+    pipe.unet.requires_grad_(True)
     detach(pipe.unet, attach(pipe.unet, CONFIGS[kind], "one"))
     assert torch.equal(picture(pipe), off)
+    assert "_vislr_adapters" not in vars(pipe.unet)
+    assert all(parameter.requires_grad for parameter in pipe.unet.parameters())
 
 
 @both

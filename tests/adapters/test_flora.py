@@ -15,7 +15,9 @@ from vislr.core.errors import AdapterError
 def parts(shape, ranks, seed=0):
     generator = torch.Generator().manual_seed(seed)
     core = torch.randn(ranks, generator=generator, dtype=torch.float64)
-    return core, [torch.randn(d, r, generator=generator, dtype=torch.float64) for d, r in zip(shape, ranks, strict=True)]
+    return core, [
+        torch.randn(d, r, generator=generator, dtype=torch.float64) for d, r in zip(shape, ranks, strict=True)
+    ]
 
 
 def test_tucker_sum():
@@ -106,7 +108,11 @@ def test_the_first_step_moves_the_core_alone(layer):
 def test_init_of_the_factors():
     torch.manual_seed(0)
     net = nn.ModuleDict({"layer": nn.Linear(4000, 4000)})
-    for init, std in (("kaiming_normal", 1 / math.sqrt(2 * 16)), ("normal", 0.02), ("kaiming_uniform", 1 / math.sqrt(48))):
+    for init, std in (
+        ("kaiming_normal", 1 / math.sqrt(2 * 16)),
+        ("normal", 0.02),
+        ("kaiming_uniform", 1 / math.sqrt(48)),
+    ):
         attach(net, FloraConfig(ranks=16, init=init, target_modules=["layer"]), init)
         core, out, inside = adapter_parameters(net, init).values()
         assert torch.count_nonzero(core) == 0

@@ -104,7 +104,7 @@ def test_class_folders(tmp_path):
     with pytest.raises(DataError, match="class 'dgo' that training has not; did you mean 'dog'"):
         ImageFolder.with_classes(tmp_path / "held", folder.classes)
     picture(tmp_path / "all" / "stray.png")
-    with pytest.raises(DataError, match="1 of 4 pictures lie directly in .*: stray.png"):
+    with pytest.raises(DataError, match=r"1 of 4 pictures lie directly in .*: stray.png"):
         ImageFolder.with_classes(tmp_path / "all")
     with pytest.raises(DataError, match="one class folder, 'dgo'"):
         ImageFolder.with_classes(tmp_path / "held")

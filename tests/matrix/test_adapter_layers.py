@@ -13,7 +13,7 @@ from torch import nn
 from vislr.adapters import ConvLoraConfig, FloraConfig, adapter_parameters, attach, detach, set_adapters
 from vislr.adapters import conv_lora as conv_lora_room
 from vislr.adapters import flora as flora_room
-from vislr.adapters.geometry import geometry_of
+from vislr.adapters.geometry import cut, geometry_of, glue
 from vislr.core.errors import AdapterError
 from vislr.formats import attach_file, read_adapter, write_adapter
 
@@ -164,6 +164,41 @@ def test_the_chain_is_the_conv_with_the_delta(kind, case):
 
 
 @both
+@pytest.mark.parametrize("case", ["conv2d-plain", "conv2d-groups", "conv2d-circular", "conv3d-plain", "conv3d-groups"])
+def test_channels_last_gives_the_same(kind, case):
+    net, x = build(case, torch.float64)
+    attach(net, KINDS[kind], "a")
+    randomise(net, "a")
+    expected = run(net, x)
+    last = x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+    assert torch.allclose(run(net, last), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dims", CONV)
+def test_cut_and_glue_keep_the_memory_format(dims):
+    formats = {1: [torch.contiguous_format], 2: [torch.contiguous_format, torch.channels_last],
+               3: [torch.contiguous_format, torch.channels_last_3d]}  # fmt: skip
+    x = torch.randn(2, 6, *(5, 4, 3)[:dims])
+    for memory in formats[dims]:
+        pieces = cut(x.contiguous(memory_format=memory), 3)
+        assert torch.equal(pieces, x.reshape(6, 2, *x.shape[2:]))
+        assert pieces.is_contiguous(memory_format=memory)
+        assert torch.equal(glue(pieces, 3), x)
+        assert glue(pieces, 3).is_contiguous(memory_format=memory)
+
+
+@both
+@pytest.mark.parametrize("case", ["linear", "conv2d-groups", "conv2d-reflect", "conv2d-odd-channels"])
+def test_one_graph_under_compile(kind, case):
+    net, x = build(case)
+    attach(net, KINDS[kind], "a")
+    randomise(net, "a")
+    # The "eager" backend runs what was captured as it stands; fullgraph refuses a break.
+    compiled = torch.compile(net["layer"], backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), net["layer"](x))
+
+
+@both
 @every
 def test_gradients_are_those_of_the_dense_definition(kind, case):
     net, x = build(case, torch.float64)
@@ -284,7 +319,9 @@ def test_peft_lora_where_it_works(case, tmp_path):
     assert torch.equal(run(fresh, x), run(net, x))
 
 
-@pytest.mark.parametrize("case", [f"conv{d}d-{v}" for d in CONV for v in ("dilation", "reflect", "replicate", "circular")])
+@pytest.mark.parametrize(
+    "case", [f"conv{d}d-{v}" for d in CONV for v in ("dilation", "reflect", "replicate", "circular")]
+)
 def test_peft_lora_is_refused_where_it_is_wrong(case):
     net, x = build(case)
     before = run(net, x)

@@ -125,7 +125,10 @@ def test_the_pipeline_and_training_call_the_denoiser_alike(build):
 def inputs(args, kwargs):
     names = ("noisy", "time")
     found = {**dict(zip(names, args, strict=False)), **kwargs}
-    found["noisy"], found["time"] = found.pop("hidden_states", found.get("noisy")), found.pop("timestep", found.get("time"))
+    found["noisy"], found["time"] = (
+        found.pop("hidden_states", found.get("noisy")),
+        found.pop("timestep", found.get("time")),
+    )
     found.update(found.pop("added_cond_kwargs", None) or {})
     return {key: value.float() for key, value in found.items() if torch.is_tensor(value)}
 
@@ -154,7 +157,7 @@ def test_flux_packs_and_labels_positions_as_its_pipeline_does():
 def test_sizes_that_the_model_cannot_halve_are_refused():
     pipe = tiny.tiny_sd_pipeline()
     assert latent_shape(pipe, 64) == (64, (4, 16, 16))
-    with pytest.raises(ModelError, match="data.size is 36; expected a multiple of 8"):
+    with pytest.raises(ModelError, match=r"data.size is 36; expected a multiple of 8"):
         latent_shape(pipe, 36)
 
 

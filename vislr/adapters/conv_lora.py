@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from peft import PeftConfig
 from torch import nn
 
-from vislr.adapters.geometry import Geometry
+from vislr.adapters.geometry import Geometry, cut, glue
 from vislr.adapters.layer import DeltaLayer, DeltaTuner
 from vislr.core.errors import AdapterError
 
@@ -101,10 +101,9 @@ def chain_forward(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: floa
     if not geometry.dims:
         return F.linear(F.linear(x, A) * scale, B)
     out, inside, k1, *rest = geometry.shape
-    pieces = x.reshape(-1, inside // k1, *x.shape[2:])  # (N g k1, Cg / k1, *S)
+    pieces = cut(x, geometry.groups * k1)  # (N g k1, Cg / k1, *S)
     h = geometry.convolve(pieces, A.reshape(-1, inside // k1, k1, *rest)) * scale  # (N g k1, r k1, *S')
-    h = h.reshape(x.shape[0] * geometry.groups, -1, *h.shape[2:])  # (N g, k1 r k1, *S')
-    return geometry.mix(h, B.reshape(out, -1))
+    return geometry.mix(glue(h, k1), B.reshape(out, -1))  # from (N g, k1 r k1, *S')
 
 
 def use_chain(geometry: Geometry, r: int, positions: int) -> bool:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from peft import PeftConfig
 from torch import nn
 
-from vislr.adapters.geometry import Geometry
+from vislr.adapters.geometry import Geometry, cut
 from vislr.adapters.layer import DeltaLayer, DeltaTuner
 from vislr.core.errors import AdapterError
 
@@ -143,8 +143,8 @@ def chain_forward(
     kernel = core
     for mode in range(2, len(factors)):
         kernel = mode_product(kernel, factors[mode], mode)  # (r_out, r_in, *K)
-    grouped = x.reshape(-1, geometry.shape[1], *x.shape[2:])  # (N g, Cg, *S)
-    h = geometry.convolve(geometry.pointwise(grouped, factors[1].T), kernel) * scale  # (N g, r_out, *S')
+    narrow = geometry.pointwise(cut(x, geometry.groups), factors[1].T)  # (N g, r_in, *S)
+    h = geometry.convolve(narrow, kernel) * scale  # (N g, r_out, *S')
     return geometry.mix(h, factors[0])
 
 

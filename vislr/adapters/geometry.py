@@ -100,6 +100,33 @@ class Geometry:
         return out.reshape(batch, -1, *spatial)
 
 
+def cut(x: torch.Tensor, pieces: int) -> torch.Tensor:
+    """(N, C, *S) -> (N * pieces, C / pieces, *S): equal runs of channels as further samples.
+
+    Channels-last input stays channels-last: a plain reshape would copy it into the other format,
+    which costs a conv of few maps as much as its arithmetic.
+    """
+    if pieces == 1:
+        return x
+    if _is_channels_last(x):
+        return x.movedim(1, -1).unflatten(-1, (pieces, -1)).movedim(-2, 1).flatten(0, 1).movedim(-1, 1)
+    return x.reshape(-1, x.shape[1] // pieces, *x.shape[2:])
+
+
+def glue(h: torch.Tensor, pieces: int) -> torch.Tensor:
+    """(N * pieces, q, *S) -> (N, pieces * q, *S): the inverse of `cut`."""
+    if pieces == 1:
+        return h
+    if _is_channels_last(h):
+        return h.movedim(1, -1).unflatten(0, (-1, pieces)).movedim(1, -2).flatten(-2).movedim(-1, 1)
+    return h.reshape(-1, pieces * h.shape[1], *h.shape[2:])
+
+
+def _is_channels_last(x: torch.Tensor) -> bool:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.dim() in formats and not x.is_contiguous() and x.is_contiguous(memory_format=formats[x.dim()])
+
+
 def _same(size: int, k: int, s: int, d: int) -> tuple[int, int]:
     total = max((math.ceil(size / s) - 1) * s + (k - 1) * d + 1 - size, 0)
     return total // 2, total - total // 2

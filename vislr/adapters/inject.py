@@ -206,11 +206,12 @@ def attach(module: Any, change: Any, name: str = "default") -> Attached:
     check_unmerged(module)
     config, sites, notes = _resolved(module, change)
     _check_weights(module, sites)
-    before = getattr(module, _MARK, None) or _Before(
-        {plain_name(key): parameter.requires_grad for key, parameter in module.named_parameters()},
-        {key: module.__dict__[key] for key in ("_hf_peft_config_loaded",) if key in module.__dict__},
-        [],
-    )
+    before: _Before | None = getattr(module, _MARK, None)
+    if before is not None:
+        # diffusers and peft can take adapters off too, without telling.
+        before.names = [other for other in before.names if other in adapter_names(module)]
+    if before is None or not before.names:
+        before = _before(module)
     flags = {key: parameter.requires_grad for key, parameter in _plain_parameters(module)}
     active = _chosen_names(module)
     try:
@@ -261,14 +262,19 @@ def detach(module: nn.Module, attached: Attached) -> None:
     was_active = _chosen_names(module)
     _take_off(module, name)
     before: _Before | None = getattr(module, _MARK, None)
-    if before is not None and name in before.names:
-        before.names.remove(name)
     remaining = adapter_names(module)
+    if before is not None:
+        before.names = [other for other in before.names if other in remaining]
     active = [other for other in was_active if other != name]
     if not active:
         active = [other for other in attached.undo["active"] if other in remaining]
     last = before if before is not None and not before.names else None
     _give_back(module, last, active, attached.undo["trainable"] if name in was_active else None)
+
+
+def _before(module: nn.Module) -> _Before:
+    kept = {key: vars(module)[key] for key in ("_hf_peft_config_loaded",) if key in vars(module)}
+    return _Before({key: parameter.requires_grad for key, parameter in _plain_parameters(module)}, kept, [])
 
 
 def _resolved(module: nn.Module, change: Any) -> tuple[Any, list[str], tuple[str, ...]]:

@@ -259,6 +259,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _at_least(1, steps=self.steps, processes=self.processes)
+        if self.output.format == "diffusers" and self.adapter.kind != "lora":
+            raise ConfigError(f"output.format diffusers holds lora, and adapter.kind is {self.adapter.kind}; use vislr")
         if not self.data.folder:
             raise ConfigError("data.folder is not given; expected a folder of pictures")
         if self.model.base.startswith(("timm/", "torchvision/")):

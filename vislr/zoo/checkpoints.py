@@ -30,7 +30,7 @@ def pipeline_folder(name: str) -> Path:
 
 
 def pipeline(name: str, **options: Any) -> DiffusionPipeline:
-    """Load an embedded pipeline, in float32 unless `torch_dtype` says otherwise.
+    """Load an embedded pipeline, in float32 unless `dtype` says otherwise.
 
     Args:
         name: one of `pipeline_names()`, for example "emoji-unet".
@@ -39,5 +39,5 @@ def pipeline(name: str, **options: Any) -> DiffusionPipeline:
     import torch
     from diffusers import DiffusionPipeline
 
-    options.setdefault("torch_dtype", torch.float32)
+    options.setdefault("dtype", torch.float32)
     return DiffusionPipeline.from_pretrained(str(pipeline_folder(name)), local_files_only=True, **options)
