@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm
 import torch
-from peft import LoraConfig
+from peft import LoHaConfig, LoraConfig
 from timm.models._efficientnet_builder import decode_arch_def
 from tiny import tiny_conv_net, tiny_flux_transformer, tiny_sd3_transformer, tiny_unet, tiny_vit
 
@@ -167,7 +167,7 @@ def test_merging_a_net_with_padding_by_input(kind):
 def test_peft_is_refused_where_it_pads_wrongly():
     model, _ = build("mobilenet")
     with pytest.raises(AdapterError, match="padding chosen from the input"):
-        attach(model, LoraConfig(target_modules=["conv_stem"]), "a")
+        attach(model, LoHaConfig(target_modules=["conv_stem"]), "a")
 
 
 def test_another_architecture(tmp_path):

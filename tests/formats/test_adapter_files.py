@@ -456,6 +456,7 @@ def test_what_is_no_adapter_file(tmp_path):
     [
         (lambda t: t.pop("unet.fc.lora_B.weight"), "lacks 'unet.fc.lora_B.weight'"),
         (lambda t: t.update({"unet.fc.lora_B.weight": torch.zeros(6, 5)}), "ranks of 'fc' disagree"),
+        (lambda t: t.update({"unet.fc.alpha": torch.zeros(6)}), r"alpha of 'fc' has shape \(6,\)"),
         (lambda t: t.update({"unet.fc.weight": torch.zeros(6)}), "tensor 'unet.fc.weight' is not"),
         (lambda t: t.update({"fc.lora_A.weight": torch.zeros(2, 8)}), "tensor 'fc.lora_A.weight' is not"),
         (lambda t: t.update({"text_encoder.fc.lora_A.weight": torch.zeros(2, 8),
@@ -468,5 +469,27 @@ def test_broken_diffusers_files(change, message, tmp_path):
     tensors, _ = parts(path)
     change(tensors)
     save_file(tensors, tmp_path / "bad.safetensors")
+    with pytest.raises(FormatError, match=message):
+        read_adapter(tmp_path / "bad.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: "{", "is no JSON object"),
+        (lambda m: "[]", "is no JSON object"),
+        (lambda m: json.dumps({key.replace("unet.", "vae."): value for key, value in m.items()}), "nothing of 'unet'"),
+        (lambda m: json.dumps(m | {"unet.alpha_pattern": {"(": 2}}), "alpha_pattern of its config is impossible"),
+        (lambda m: json.dumps(m | {"unet.lora_alpha": "x"}), "lora_alpha"),
+        (lambda m: json.dumps(m | {"unet.rnak": 2}), "unknown config key 'rnak'"),
+    ],
+)
+def test_broken_diffusers_metadata(change, message, tmp_path):
+    path = write_adapter(
+        trained(CONFIGS["lora"]), "a", tmp_path / "a.safetensors", format="diffusers", component="unet"
+    )
+    tensors, header = parts(path)
+    header["lora_adapter_metadata"] = change(json.loads(header["lora_adapter_metadata"]))
+    save_file(tensors, tmp_path / "bad.safetensors", metadata=header)
     with pytest.raises(FormatError, match=message):
         read_adapter(tmp_path / "bad.safetensors")

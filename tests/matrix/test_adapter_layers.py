@@ -114,6 +114,11 @@ def test_off_is_the_base_bit_for_bit(kind, case):
     net["layer"].enable_adapters(False)
     assert torch.equal(run(net, x), before)
     net["layer"].enable_adapters(True)
+    net["layer"].merge()
+    net["layer"].enable_adapters(False)
+    assert torch.equal(run(net, x), before)  # off wins over merged: it is taken out of the weight
+    assert not net["layer"].merged
+    net["layer"].enable_adapters(True)
     set_adapters(net, [])
     assert torch.equal(run(net, x), before)
     detach(net, attached)

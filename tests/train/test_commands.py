@@ -179,7 +179,7 @@ def bad(name, tmp_path, sd_folder, pictures):
     elif name == "unknown word":
         data = tmp_path / "words"
         zoo.export(data, zoo.images()[:3])
-        sorted(data.glob("*.txt"))[0].write_text("a zyzzyva")
+        sorted(data.glob("noto-*.txt"))[0].write_text("a zyzzyva")
     elif name == "unknown key":
         more = ["--optim.lrr", "1"]
     elif name == "unknown target":
@@ -220,7 +220,7 @@ def classes_in(tmp_path):
         ("missing captions", DataError, "1 of 1 pictures in .* have no caption: a.png"),
         ("corrupt picture", DataError, r"png' cannot be read: .*truncated"),
         ("no folder", DataError, "there is no folder"),
-        ("unknown word", DataError, r"txt|png: the embedded models do not know the word 'zyzzyva'"),
+        ("unknown word", DataError, r"\.png: the embedded models do not know the word 'zyzzyva'"),
         ("unknown key", ConfigError, "unknown key 'optim.lrr'; did you mean 'optim.lr'"),
         ("unknown target", TargetError, "'to_qq' matches no layer; did you mean 'to_q'"),
         ("rank 0", ConfigError, "adapter.r is 0"),

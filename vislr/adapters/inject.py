@@ -285,8 +285,8 @@ def _resolved(module: nn.Module, change: Any) -> tuple[Any, list[str], tuple[str
         )
     config: Any = copy.deepcopy(change)
     if hasattr(config, "sites"):
-        sites, notes = resolve_with_notes(module, config)
-        return config, sites, notes
+        config.sites, notes = resolve_with_notes(module, config)
+        return config, config.sites, notes
     if not hasattr(config, "target_modules"):
         raise AdapterError(f"a {type(config).__name__} is no adapter of layers")
     _check_peft(config)

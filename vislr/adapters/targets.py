@@ -30,13 +30,13 @@ def innermost(module: nn.Module) -> nn.Module:
 def modules_outside(model: nn.Module) -> dict[str, nn.Module]:
     """Name -> module, without the insides of tuner layers; a tuner layer stands under its own name."""
     found: dict[str, nn.Module] = {}
-    inside: tuple[str, ...] = ()
+    inside = None
     for name, module in model.named_modules():
-        if not name or (inside and name.startswith(inside)):
+        # A module's insides come right after it.
+        if not name or (inside is not None and name.startswith(inside)):
             continue
         found[name] = module
-        if isinstance(module, BaseTunerLayer):
-            inside += (name + ".",)
+        inside = name + "." if isinstance(module, BaseTunerLayer) else None
     return found
 
 
@@ -220,7 +220,7 @@ def resolve_peft(model: nn.Module, config: Any) -> tuple[list[str], tuple[str, .
     """
     from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 
-    modules = modules_outside(model)
+    modules, kind = modules_outside(model), _peft_type(config)
     target = config.target_modules
     if getattr(config, "target_parameters", None):
         raise AdapterError("target_parameters is not supported; name layers in target_modules")
@@ -232,19 +232,19 @@ def resolve_peft(model: nn.Module, config: Any) -> tuple[list[str], tuple[str, .
         return sites, (), True
     if target is None:
         chosen, notes, _ = _chosen(model, config, list(adaptable(model)))
-        kinds = _PEFT_LAYERS.get(_peft_type(config), (nn.Linear,))
-        sites = [n for n in modules if n in chosen and isinstance(innermost(modules[n]), kinds)]
-        # peft's LoRA wants ranks that groups divide, and cannot merge grouped convs at all.
+        types = _PEFT_LAYERS.get(kind, (nn.Linear,))
+        sites = [n for n in modules if n in chosen and isinstance(innermost(modules[n]), types)]
+        # peft's LoRA cannot merge grouped convs, and takes only ranks that groups divide; OFT fails.
         fitting = [
             name
             for name, layer in ((name, innermost(modules[name])) for name in sites)
-            if not _peft_is_wrong(layer) and not (_peft_type(config) == "LORA" and getattr(layer, "groups", 1) > 1)
+            if not _peft_is_wrong(layer, kind) and not (kind in ("LORA", "OFT") and getattr(layer, "groups", 1) > 1)
         ]
         left = [n for n in sites if n not in fitting]
         if left:
             notes.append(f"left out, peft cannot adapt them rightly: {', '.join(left[:3])}{_more(left)}")
         if not fitting:
-            raise TargetError(f"this {type(model).__name__} has no layer that {_peft_type(config)} can adapt")
+            raise TargetError(f"this {type(model).__name__} has no layer that {kind} can adapt")
         check_shared(model, fitting)
         return fitting, tuple(notes), True
     if not isinstance(target, str):
@@ -253,11 +253,9 @@ def resolve_peft(model: nn.Module, config: Any) -> tuple[list[str], tuple[str, .
     if not sites:
         raise TargetError(f"target_modules '{target}' matches no layer{_near(str(target), list(adaptable(model)))}")
     for name in sites:
-        reason = _peft_is_wrong(innermost(modules[name]))
+        reason = _peft_is_wrong(innermost(modules[name]), kind)
         if reason:
-            raise AdapterError(
-                f"'{name}': peft's {_peft_type(config)} is wrong on a conv with {reason}; ConvLoRA is not"
-            )
+            raise AdapterError(f"'{name}': peft's {kind} is wrong on a conv with {reason}; ConvLoRA is not")
     check_shared(model, sites)
     return sites, (), False
 
@@ -274,14 +272,14 @@ def _peft_type(config: Any) -> str:
     return str(getattr(config.peft_type, "value", config.peft_type))
 
 
-def _peft_is_wrong(layer: nn.Module) -> str:
-    """Why peft's conv layers differ from the merged conv, or ""."""
+def _peft_is_wrong(layer: nn.Module, kind: str) -> str:
+    """Why peft's layer of this kind fails on a conv or differs from the merged conv, or ""."""
     if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return ""
-    if type(layer).__name__.startswith("Conv2dSame"):
-        return "padding chosen from the input"
     if layer.padding_mode != "zeros":
         return f"padding_mode '{layer.padding_mode}'"
-    if any(d != 1 for d in layer.dilation):
+    if kind == "LORA" and any(d != 1 for d in layer.dilation):
         return f"dilation {layer.dilation}"
+    if kind != "LORA" and type(layer).__name__.startswith("Conv2dSame"):
+        return "padding chosen from the input"
     return ""

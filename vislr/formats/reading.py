@@ -94,7 +94,7 @@ def _config(values: dict[str, Any], kind: str, sites: list[str], path: Path) -> 
 
     if str(values.get("peft_type")).lower() != kind:
         raise FormatError(f"'{path}': its config is of {values.get('peft_type')!r}, its tensors of '{kind}'")
-    cls: Any = PEFT_TYPE_TO_CONFIG_MAPPING[values["peft_type"]]
+    cls: Any = PEFT_TYPE_TO_CONFIG_MAPPING[kind.upper()]  # type: ignore[index]
     known = [field.name for field in dataclasses.fields(cls) if field.init]
     for key in values:
         if key not in known:
@@ -139,6 +139,8 @@ def _read_diffusers(
             raise FormatError(f"'{path}' lacks '{component}.{site}.{missing}.weight'")
         if down.dim() < 2 or up.dim() < 2 or up.shape[1] != down.shape[0]:
             raise FormatError(f"'{path}': ranks of '{site}' disagree: {tuple(down.shape)} and {tuple(up.shape)}")
+        if "alpha" in parts and parts["alpha"].numel() != 1:
+            raise FormatError(f"'{path}': alpha of '{site}' has shape {tuple(parts['alpha'].shape)}, expected ()")
     if DIFFUSERS_METADATA in header:
         config, notes = _metadata_config(header[DIFFUSERS_METADATA], component, list(found), path), NO_NOTES
         if any("alpha" in parts for parts in found.values()):
@@ -146,9 +148,9 @@ def _read_diffusers(
     else:
         config, notes = _shape_config(found)
     for site, parts in found.items():
-        r = parts["lora_down.weight"].shape[0]
-        alpha = parts.get("alpha", torch.tensor(_alpha_of(config, site, r)))
-        parts["alpha"] = alpha.reshape(()).to(torch.float32)
+        if "alpha" not in parts:
+            parts["alpha"] = torch.tensor(_alpha_of(config, site, parts["lora_down.weight"].shape[0], path))
+        parts["alpha"] = parts["alpha"].reshape(()).to(torch.float32)
     manifest = manifest or {
         "format": "diffusers", "kind": "lora", "component": component, "family": "", "architecture": "",
         "sites": dict.fromkeys(found, "lora"), "base": {},
@@ -196,9 +198,12 @@ def _only(site: str) -> str:
     return "^" + re.escape(site)
 
 
-def _alpha_of(config: Any, site: str, r: int) -> float:
+def _alpha_of(config: Any, site: str, r: int, path: Path) -> float:
     """The alpha that means the same with alpha / r, for `site` of a LoraConfig."""
     from peft.utils.other import get_pattern_key
 
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), site), config.lora_alpha)
-    return float(alpha * r**0.5 if config.use_rslora else alpha)
+    try:
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), site), config.lora_alpha)
+        return float(alpha * r**0.5 if config.use_rslora else alpha)
+    except (re.error, AttributeError, TypeError, ValueError) as error:
+        raise FormatError(f"'{path}': lora_alpha or alpha_pattern of its config is impossible: {error}") from error

@@ -1,0 +1,74 @@
+"""Two processes on a CPU do what one does with twice the batch; a launch that is not what was asked for fails."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from vislr.core.errors import LaunchError
+from vislr.core.files import read_json
+from vislr.train import make_accelerator
+
+SCRIPT = Path(__file__).with_name("two_processes.py")
+
+
+def launch(count, *arguments, **extra):
+    environment = os.environ | {
+        "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(tiny.__file__).parent), **extra,
+    }  # fmt: skip
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)] if count > 1 else []
+    command = [sys.executable, *torchrun, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_are_one_with_twice_the_batch(pictures, tmp_path):
+    done = launch(2, SCRIPT, pictures, tmp_path / "2", 3)
+    assert done.returncode == 0, done.stderr[-2000:]
+    runpy.run_path(str(SCRIPT))["main"](str(pictures), str(tmp_path / "1"), 6)
+    parts = [read_json(tmp_path / "2" / f"seen-{rank}.json") for rank in (0, 1)]
+    whole = read_json(tmp_path / "1" / "seen-0.json")
+    # 18 pictures, 6 a step: 3 steps are an epoch, in which each is seen once by one of the two.
+    for epoch in (0, 1):
+        steps = range(epoch * 3, epoch * 3 + 3)
+        seen = [index for part in parts for step in steps for index in part["seen"][step]]
+        assert sorted(seen) == list(range(18))
+    for step in range(6):
+        assert sorted(parts[0]["seen"][step] + parts[1]["seen"][step]) == sorted(whole["seen"][step])
+    assert whole["seen"][:3] != whole["seen"][3:]
+    one, two = (load_file(tmp_path / str(count) / "gradients-0.safetensors") for count in (1, 2))
+    largest = max(value.abs().max() for value in one.values())
+    assert largest > 1e-4
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=float(1e-5 * largest))
+    weights = {key: load_file(tmp_path / key[0] / f"weights-{key[1]}.safetensors") for key in ("20", "21", "10")}
+    for name, value in weights["20"].items():
+        assert torch.equal(value, weights["21"][name])
+        torch.testing.assert_close(value, weights["10"][name], rtol=0, atol=1e-4)
+    for loss_two, loss_one in zip(parts[0]["held_out"]["loss"], whole["held_out"]["loss"], strict=True):
+        assert loss_two == [loss_one[0], pytest.approx(loss_one[1], rel=1e-4)]
+    assert parts[0]["held_out"] == parts[1]["held_out"]
+
+
+def test_another_number_of_processes_than_asked_for_is_an_error():
+    with pytest.raises(
+        LaunchError, match=r"processes is 2, but 1 took part; on CPUs: ACCELERATE_USE_CPU=true torchrun"
+    ):
+        make_accelerator(processes=2)
+    assert make_accelerator(processes=1).num_processes == 1
+
+
+def test_processes_that_do_not_find_each_other_are_an_error():
+    """What plain torchrun without ACCELERATE_USE_CPU gives on a machine without a GPU: two jobs."""
+    code = "from vislr.train import make_accelerator; make_accelerator()"
+    environment = {"WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""}
+    done = launch(1, "-c", code, **environment)
+    assert done.returncode != 0
+    assert "2 processes were started, but each trains alone (1 in its group)" in done.stderr

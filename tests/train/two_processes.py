@@ -1,0 +1,70 @@
+"""One of the processes of `test_processes.py`: trains, and writes what it saw.
+
+torchrun --nproc_per_node 2 two_processes.py PICTURES OUT BATCH
+"""
+
+import sys
+from pathlib import Path
+
+import tiny
+import torch
+
+import vislr
+from vislr.core.files import write_json, write_tensors
+from vislr.data import ImageFolder
+from vislr.train import (
+    AdapterSection,
+    DataConfig,
+    HeldOutConfig,
+    OptimConfig,
+    OutputConfig,
+    SampleConfig,
+    TrainConfig,
+    fit,
+    make_accelerator,
+)
+from vislr.train.examples import Examples
+
+STEPS = 6
+
+
+def main(pictures: str, out: str, batch: int) -> None:
+    accelerator = make_accelerator()
+    config = TrainConfig(
+        data=DataConfig(folder=pictures), output=OutputConfig(folder=out, checkpoint_every=0), steps=STEPS,
+        optim=OptimConfig(batch=batch, lr=1e-3, warmup=0), sample=SampleConfig(steps=1),
+        held_out=HeldOutConfig(fraction=0.25, repeats=1), adapter=AdapterSection(r=2),
+    )  # fmt: skip
+    seen, gradients = [], {}
+    read, clip = Examples.__getitem__, accelerator.clip_grad_norm_
+
+    def noted(self, positions):
+        given = read(self, positions)
+        seen.append(given["index"].tolist())
+        return given
+
+    def kept(parameters, norm):
+        if not gradients:
+            gradients.update({str(i): p.grad.clone() for i, p in enumerate(parameters)})
+        return clip(parameters, norm)
+
+    Examples.__getitem__ = noted
+    accelerator.clip_grad_norm_ = kept
+    pipe = tiny.tiny_sd_pipeline()
+    torch.manual_seed(0)
+    vislr.apply(pipe, config.adapter.to_change())
+    train, held_out = ImageFolder.with_captions(pictures).split(0.25)
+    try:
+        result = fit(pipe, "default", config, train, held_out, accelerator=accelerator)
+    finally:
+        Examples.__getitem__ = read
+    rank = accelerator.process_index
+    weights = {name: p for name, p in pipe.unet.named_parameters() if p.requires_grad}
+    write_tensors(Path(out) / f"weights-{rank}.safetensors", weights)
+    write_tensors(Path(out) / f"gradients-{rank}.safetensors", gradients)
+    write_json(Path(out) / f"seen-{rank}.json", {"seen": seen, "held_out": result.history.held_out})
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
