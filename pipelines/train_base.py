@@ -1,22 +1,23 @@
-"""Train the embedded base pipeline from nothing: autoencoder, then text model and UNet.
+"""Train the embedded base pipeline from nothing: the autoencoder, then text model and UNet.
 
-    python pipelines/train_base.py --stage vae --steps 2000 --out runs/base
-    python pipelines/train_base.py --stage unet --steps 4000 --out runs/base
+    python pipelines/train_base.py --stage vae --steps 2000
+    python pipelines/train_base.py --stage unet --steps 6500 --batch 32
+    python pipelines/train_base.py --stage export
 
-Each stage keeps `OUT/STAGE.pt`-free checkpoints as safetensors and goes on from them; a longer
-`--steps` continues a finished stage. The last fifth of the steps lowers the learning rate.
+A stage goes on from its newest checkpoint in the output folder, also with a larger `--steps`. The
+learning rate falls over the last fifth of the steps.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from vislr.core.files import atomic_path, write_json, write_tensors
 from vislr.zoo.checkpoints import WEIGHTS
@@ -87,7 +88,7 @@ class Run:
     def __init__(self, folder: Path, modules: dict[str, torch.nn.Module], decay: float):
         self.folder, self.decay, self.step = folder, decay, 0
         self.names = [f"{m}.{n}" for m, module in modules.items() for n, _ in module.named_parameters()]
-        self.values = [p for module in modules.values() for p in module.parameters()]
+        self.values: list[torch.Tensor] = [p for module in modules.values() for p in module.parameters()]
         self.optimizer = torch.optim.AdamW(self.values, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
         self.ema = [p.detach().clone() for p in self.values]
         if (folder / "state.json").is_file():
@@ -146,7 +147,7 @@ def train_vae(out: Path, steps: int, batch: int, seed: int) -> None:
     run = Run(out / "vae-state", {"vae": vae}, decay=0.998)
     train = torch.cat([pixels(images(style=s, split="train")) for s in BASE_STYLES])
     held = pixels(images(style="noto", split="held-out")[:64]).float().div(127.5).sub(1)
-    start, first = time.time(), run.step
+    bar = tqdm(total=steps, initial=run.step, desc="vae", mininterval=5)
     while run.step < steps:
         step = run.step
         rng = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -164,11 +165,8 @@ def train_vae(out: Path, steps: int, batch: int, seed: int) -> None:
         loss = (y - x).abs().mean() + 2 * (y - x).pow(2).mean() + 1e-6 * posterior.kl().mean() / 3
         loss.backward()
         run.update(learning_rate(step, steps, 2e-3))
-        if run.step % 50 == 0:
-            print(
-                f"vae {run.step}/{steps} loss {loss.item():.4f} {(time.time() - start) / (run.step - first):.2f} s/step",
-                flush=True,
-            )
+        bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+        bar.update()
         if run.step % 100 == 0:
             run.save()
     run.save()
@@ -194,18 +192,16 @@ def train_unet(out: Path, steps: int, batch: int, seed: int) -> None:
         posteriors = [vae.encode(x.float().div(127.5).sub(1)).latent_dist for x in pixels(pictures).split(64)]
     mean = torch.cat([p.mean for p in posteriors]) * vae.config.scaling_factor
     std = torch.cat([p.std for p in posteriors]) * vae.config.scaling_factor
-    pad = dict(padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+    pad = {"padding": "max_length", "truncation": True, "max_length": MAX_TOKENS, "return_tensors": "pt"}
     ids = tokenizer([p.caption for p in pictures], **pad).input_ids
     empty = tokenizer([""], **pad).input_ids
     unet = make_unet().to(memory_format=torch.channels_last)
     text_model = make_text_model(tokenizer)
     scheduler = make_scheduler()
     run = Run(out / "unet-state", {"unet": unet, "text_encoder": text_model}, decay=0.9995)
-    print(
-        f"unet {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M, text {sum(p.numel() for p in text_model.parameters()) / 1e6:.2f} M",
-        flush=True,
-    )
-    start, first, mean_loss = time.time(), run.step, []
+    for name, module in (("unet", unet), ("text model", text_model)):
+        print(f"{name}: {sum(p.numel() for p in module.parameters()) / 1e6:.2f} M parameters")
+    bar, mean_loss = tqdm(total=steps, initial=run.step, desc="unet", mininterval=5), 0.0
     while run.step < steps:
         step = run.step
         rng = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -219,12 +215,9 @@ def train_unet(out: Path, steps: int, batch: int, seed: int) -> None:
         loss = (v - scheduler.get_velocity(x, noise, t)).pow(2).mean()
         loss.backward()
         run.update(learning_rate(step, steps, 1e-3))
-        mean_loss.append(loss.item())
-        if run.step % 50 == 0:
-            print(
-                f"unet {run.step}/{steps} loss {np.mean(mean_loss[-200:]):.4f} {(time.time() - start) / (run.step - first):.2f} s/step",
-                flush=True,
-            )
+        mean_loss = loss.item() if not mean_loss else mean_loss + (loss.item() - mean_loss) / 200
+        bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
+        bar.update()
         if run.step % 100 == 0:
             run.save()
     run.save()

@@ -6,9 +6,9 @@ writes the record as `vislr.json` into an ordinary diffusers folder.
 
 from __future__ import annotations
 
-
 import itertools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -38,7 +38,6 @@ class Entry:
     report: Report
     change: dict[str, Any]
     attached: Attached
-    exact: bool
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; the live part stays behind."""
@@ -52,8 +51,8 @@ def _record(module: nn.Module) -> list[Entry]:
     return module.__dict__[_RECORD]
 
 
-def _component(target: Any, change: object = None) -> tuple[str, nn.Module]:
-    """Where a change goes: the component that it names, else the denoiser, else the module itself."""
+def _component(target: Any, change: object = None) -> tuple[str, Any]:
+    """Where a change goes (name, module): the component that it names, else the denoiser, else the module itself."""
     from vislr.anatomy import denoiser_of
 
     named = getattr(change, "component", None)
@@ -114,12 +113,17 @@ def apply(target: Any, change: Any, *, name: str = "default", undo: bool = True)
         TargetError: it matches nothing in the model.
         AdapterError: it does not fit. In every case the model is as it was.
     """
+    handler = registry.handler_of(registry.kind_of(change))
+    return _put_on(target, change, name, handler.attach, undo)
+
+
+def _put_on(target: Any, change: Any, name: str, attach: Callable[..., Attached], undo: bool = True) -> Report:
+    """Count, let `attach(module, change, name)` work, count again, record."""
     kind = registry.kind_of(change)
     component, module = _component(target, change)
     parameters = _parameters(module)
     flops_before, sample, note = _flops(module)
-    handler = registry.handler_of(kind)
-    attached = handler.attach(module, change, name)
+    attached = attach(module, change, name)
     counted = None
     if flops_before is not None:
         flops_after, _, note = _flops(module)
@@ -138,7 +142,7 @@ def apply(target: Any, change: Any, *, name: str = "default", undo: bool = True)
     )
     if not undo:
         attached.undo = None
-    _record(module).append(Entry(report, attached.change, attached, exact=undo))
+    _record(module).append(Entry(report, attached.change, attached))
     return report
 
 
@@ -151,7 +155,7 @@ def remove(target: Any, report: Report) -> None:
     for module in _modules(target):
         for entry in module.__dict__.get(_RECORD, []):
             if entry.report.index == report.index:
-                if not entry.exact:
+                if entry.attached.undo is None:
                     raise UndoError(f"'{report.name}' was applied with undo=False; nothing was kept to undo it")
                 registry.handler_of(registry.get_kind(report.kind)).detach(module, entry.attached)
                 _record(module).remove(entry)
@@ -230,14 +234,10 @@ def load_adapter(
     name = path.stem.replace(".", "_") if name is None else name
     file = formats.read_adapter(path)
     _, module = _component(target)
-    formats.check_base(module, file, any_base=any_base)
     active = inject.active_adapters(module)
-    report = apply(target, file.config, name=name)
-    try:
-        formats.fill(module, name, file)
-    except BaseException:
-        remove(target, report)
-        raise
+    report = _put_on(
+        target, file.config, name, lambda module, _, name: formats.attach_file(module, name, file, any_base=any_base)
+    )
     for parameter in inject.adapter_parameters(module, name).values():
         parameter.requires_grad_(False)
     inject.set_adapters(module, [*active, name], [*active.values(), weight])
@@ -260,7 +260,7 @@ def base_state(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def _without_adapters(module: nn.Module) -> nn.Module:
+def _without_adapters(module: Any) -> Any:
     """A module of the same class and config, for saving only: it shares the base's tensors and carries no adapter."""
     import torch
 
@@ -327,7 +327,7 @@ def save(target: Any, folder: str | os.PathLike) -> Path:
 def _options(pipeline_class: type) -> set[str]:
     import inspect
 
-    names = set(inspect.signature(pipeline_class.__init__).parameters)
+    names = set(inspect.signature(pipeline_class).parameters)
     return {name for name in names if name.startswith(("requires_", "force_", "is_", "add_"))}
 
 
@@ -351,8 +351,10 @@ def load(source: str | os.PathLike, *, any_base: bool = False, **options: Any) -
     if folder is None or not (folder / RECIPE_FILE).is_file():
         return target
     record = _read_recipe(folder)
+    # Adapters that were on beside a fused one were made on the weights before fusing.
+    accept = any_base or bool(record["merged"])
     for name, stored in record["adapters"].items():
-        load_adapter(target, folder / stored["file"], name=name, weight=stored["weight"], any_base=any_base)
+        load_adapter(target, folder / stored["file"], name=name, weight=stored["weight"], any_base=accept)
     if record["adapters"]:
         on = {name: stored["weight"] for name, stored in record["adapters"].items() if stored["active"]}
         inject.set_adapters(_component(target)[1], list(on), list(on.values()))
@@ -372,6 +374,7 @@ def _read_recipe(folder: Path) -> dict[str, Any]:
             if not inside.is_relative_to(folder.resolve()) or not inside.is_file():
                 raise FormatError(f"'{path}' names adapter '{name}' at '{stored['file']}', which is not in the folder")
             float(stored["weight"]), bool(stored["active"])
+        list(record["merged"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(f"'{path}' is no record of vislr: {type(error).__name__}: {error}") from error
     return record
@@ -389,7 +392,7 @@ def _load_diffusers(source: str | os.PathLike, options: dict[str, Any]) -> tuple
     if folder.is_dir():
         options = {"local_files_only": True, "dtype": torch.float32} | options
         if (folder / "model_index.json").is_file():
-            loader = diffusers.DiffusionPipeline
+            loader: Any = diffusers.DiffusionPipeline
         elif (folder / "config.json").is_file():
             wanted = read_json(folder / "config.json").get("_class_name")
             loader = getattr(diffusers, str(wanted), None)

@@ -96,7 +96,7 @@ def test_every_caption_is_one_token_a_word():
         ids = tokenizer(caption).input_ids
         assert len(ids) == len(words_of(caption)) + 2 <= MAX_TOKENS
         check_words(tokenizer, caption)
-    with pytest.raises(DataError, match="'catt'.*'cat'"):
+    with pytest.raises(DataError, match=r"'catt'.*'cat'"):
         check_words(tokenizer, "noto style, a catt face")
     with pytest.raises(DataError, match="15 words"):
         check_words(tokenizer, " ".join(["cat"] * 15))

@@ -72,7 +72,7 @@ def step_context(denoiser: nn.Module) -> StepContext:
             return module
 
     registry = HookRegistry.check_if_exists_or_initialize(denoiser)
-    hook = registry.get_hook(HOOK_NAME)
+    hook: Any = registry.get_hook(HOOK_NAME)
     if hook is None:
         hook = StepContextHook()
         registry.register_hook(hook, HOOK_NAME)

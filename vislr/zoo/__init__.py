@@ -1,15 +1,20 @@
-"""The embedded images and pipelines: small and real."""
+"""The embedded images, scenes composed of them, and the embedded pipelines: small and real."""
 
 from vislr.zoo.checkpoints import pipeline, pipeline_folder, pipeline_names
+from vislr.zoo.composing import Scene, export_scenes, scene, scenes
 from vislr.zoo.emoji import SPLITS, STYLES, Picture, export, images
 
 __all__ = [
     "SPLITS",
     "STYLES",
     "Picture",
+    "Scene",
     "export",
+    "export_scenes",
     "images",
     "pipeline",
     "pipeline_folder",
     "pipeline_names",
+    "scene",
+    "scenes",
 ]

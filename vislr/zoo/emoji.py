@@ -10,7 +10,7 @@ import functools
 import io
 import json
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -119,26 +119,48 @@ def export(folder: str | Path, pictures: list[Picture], captions: str = "txt") -
         DataError: nothing to write, or the folder holds files already.
         OutputError: the folder cannot be written.
     """
+    rows = [(f"{one.style}-{one.name.replace(' ', '-')}", one.image, one.caption) for one in pictures]
+    credits = [f"{LICENCES[style][1]}: {LICENCES[style][0]}" for style in sorted({one.style for one in pictures})]
+    return write_folder(folder, rows, captions, credits)
+
+
+def write_folder(
+    folder: str | Path,
+    rows: Sequence[tuple[str, Callable[[], Image.Image], str]],
+    captions: str,
+    credits: Sequence[str],
+    extra: Mapping[str, str] | None = None,
+) -> int:
+    """Write (stem, picture, caption) rows into a new folder as PNG files and captions; returns their number.
+
+    Args:
+        folder: a folder that does not exist yet or is empty.
+        captions: `"txt"` for a sidecar per image, `"jsonl"` for one `metadata.jsonl`.
+        credits: lines of `CREDITS.txt`.
+        extra: further text files, name to content.
+
+    Raises:
+        ConfigError: another form of captions.
+        DataError: nothing to write, or the folder holds files already.
+        OutputError: the folder cannot be written.
+    """
     _checked("caption form", captions, ("txt", "jsonl"))
-    if not pictures:
-        raise DataError("the selection of embedded images is empty")
+    if not rows:
+        raise DataError("the selection of pictures is empty")
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()):
         raise DataError(f"'{folder}' is not empty; export into a new folder")
-    check_output(folder.parent, needed=len(pictures) * 12_000)
+    check_output(folder.parent, needed=len(rows) * 14_000)
+    texts = {"CREDITS.txt": "".join(f"{line}\n" for line in credits)} | dict(extra or {})
+    if captions == "txt":
+        texts |= {f"{stem}.txt": f"{caption}\n" for stem, _, caption in rows}
+    else:
+        lines = [json.dumps({"file_name": f"{stem}.png", "text": caption}) for stem, _, caption in rows]
+        texts["metadata.jsonl"] = "\n".join(lines) + "\n"
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        rows = []
-        for picture in pictures:
-            stem = f"{picture.style}-{picture.name.replace(' ', '-')}"
-            picture.image().save(temporary / f"{stem}.png")
-            if captions == "txt":
-                (temporary / f"{stem}.txt").write_text(picture.caption + "\n", encoding="utf-8")
-            rows.append({"file_name": f"{stem}.png", "text": picture.caption})
-        if captions == "jsonl":
-            lines = "".join(json.dumps(row) + "\n" for row in rows)
-            (temporary / "metadata.jsonl").write_text(lines, encoding="utf-8")
-        used = sorted({picture.style for picture in pictures})
-        credit = "".join(f"{LICENCES[style][1]}: {LICENCES[style][0]}\n" for style in used)
-        (temporary / "CREDITS.txt").write_text(credit, encoding="utf-8")
-    return len(pictures)
+        for stem, picture, _ in rows:
+            picture().save(temporary / f"{stem}.png")
+        for name, text in texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+    return len(rows)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vislr.core.errors import DataError, hint
 
@@ -41,7 +41,7 @@ def build_tokenizer(captions: Iterable[str]) -> CLIPTokenizer:
     words = sorted({w for text in captions for w in words_of(text)} | set(EXTRA_WORDS.split()))
     single = sorted(set(string.ascii_lowercase + string.digits + ",.-'!?&") | {c for w in words for c in w})
     tokens = single + [f"{c}</w>" for c in single]
-    merges: list[tuple[str, str]] = []
+    merges: Any = []
     known = set(tokens)
     for word in words:
         ending = f"{word[-1]}</w>"

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from vislr.core.errors import ConfigError, DataError
+from vislr.zoo.composing import BASE_STYLES, SCENE_STYLES, export_scenes, scene, scenes
 from vislr.zoo.emoji import STYLES, images
 from vislr.zoo.grounds import (
     COLOURS,
@@ -20,7 +21,6 @@ from vislr.zoo.grounds import (
     restyle,
 )
 from vislr.zoo.matting import cut_out
-from vislr.zoo.scenes import BASE_STYLES, SCENE_STYLES, export_scenes, scene, scenes
 from vislr.zoo.vocabulary import MAX_TOKENS, build_tokenizer, check_words, words_of
 
 ALL_PATTERNS = (*PATTERNS, *HELD_OUT_PATTERNS)
@@ -109,7 +109,7 @@ def test_examples_of_captions():
         one = dataclasses.replace(scene(index, style="noto", ground=pattern), colour="blue", elements=elements)
         return one.caption
 
-    from vislr.zoo.scenes import Element
+    from vislr.zoo.composing import Element
 
     cat = Element("cat face", "", "a cat face", "", "right", (32, 0, 64, 32))
     pizza = Element("slice of pizza", "", "a slice of pizza", "", "left", (0, 0, 32, 32))

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vislr.core.errors import ConfigError, DataError, hint
-from vislr.core.files import atomic_path, check_output
-from vislr.zoo.emoji import LICENCES, SPLITS, STYLE_WORDS, STYLES, Picture, images
+from vislr.zoo.emoji import LICENCES, SPLITS, STYLE_WORDS, STYLES, Picture, images, write_folder
 from vislr.zoo.grounds import (
     COLOURS,
     HELD_OUT_PATTERNS,
@@ -316,28 +315,7 @@ def export_scenes(folder: str | Path, chosen: Sequence[Scene], captions: str = "
         DataError: no scenes, or the folder holds files already.
         OutputError: the folder cannot be written.
     """
-    if captions not in ("txt", "jsonl"):
-        raise ConfigError(f"no captions of form '{captions}'{hint(captions, ('txt', 'jsonl'))}")
-    if not chosen:
-        raise DataError("the selection of scenes is empty")
-    folder = Path(folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise DataError(f"'{folder}' is not empty; export into a new folder")
-    check_output(folder.parent, needed=len(chosen) * 14_000)
-    with atomic_path(folder) as temporary:
-        temporary.mkdir()
-        rows = []
-        for one in chosen:
-            stem = f"{one.style}-scene-{one.seed}-{one.index:06d}"
-            one.image().save(temporary / f"{stem}.png")
-            if captions == "txt":
-                (temporary / f"{stem}.txt").write_text(one.caption + "\n", encoding="utf-8")
-            rows.append({"file_name": f"{stem}.png", "text": one.caption})
-        if captions == "jsonl":
-            lines = "".join(json.dumps(row) + "\n" for row in rows)
-            (temporary / "metadata.jsonl").write_text(lines, encoding="utf-8")
-        contents = {row["file_name"]: one.metadata() for row, one in zip(rows, chosen, strict=True)}
-        (temporary / "scenes.json").write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
-        credit = "".join(f"{line}\n" for line in sorted({one.credits for one in chosen}))
-        (temporary / "CREDITS.txt").write_text(credit, encoding="utf-8")
-    return len(chosen)
+    rows = [(f"{one.style}-scene-{one.seed}-{one.index:06d}", one.image, one.caption) for one in chosen]
+    contents = {f"{stem}.png": one.metadata() for (stem, _, _), one in zip(rows, chosen, strict=True)}
+    extra = {"scenes.json": json.dumps(contents, indent=1) + "\n"}
+    return write_folder(folder, rows, captions, sorted({one.credits for one in chosen}), extra)
