@@ -23,7 +23,7 @@ def _parser() -> argparse.ArgumentParser:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser)
     actions.add_parser("list", help="what is embedded, with licences")
     pictures = actions.add_parser("images", help="count the images of a selection, or export them with captions")
-    pictures.add_argument("--style", help=f"only this style: {', '.join(zoo.STYLES)}")
+    pictures.add_argument("--style", help=f"only this style: {', '.join((*zoo.STYLES, *zoo.PROCEDURAL_STYLES))}")
     pictures.add_argument("--category", help="only this category, for example 'Animals & Nature'")
     pictures.add_argument("--split", help=f"only this split: {', '.join(zoo.SPLITS)}; concepts, not images, are split")
     pictures.add_argument("--limit", type=int, help="at most this many, spread evenly over the selection")

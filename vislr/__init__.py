@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from vislr.adapters import ConvLoraConfig, FloraConfig
+    from vislr.adapters import ConvLoraConfig, FloraConfig, SaraConfig
     from vislr.anatomy import Anatomy, Site, describe
     from vislr.core.errors import VislrError
     from vislr.core.report import Report
@@ -23,6 +23,7 @@ _NAMES = {
     "ConvLoraConfig": "vislr.adapters",
     "FloraConfig": "vislr.adapters",
     "Report": "vislr.core.report",
+    "SaraConfig": "vislr.adapters",
     "Site": "vislr.anatomy",
     "VislrError": "vislr.core.errors",
     "apply": "vislr.recipe",
@@ -42,6 +43,7 @@ __all__ = [
     "ConvLoraConfig",
     "FloraConfig",
     "Report",
+    "SaraConfig",
     "Site",
     "VislrError",
     "apply",

@@ -251,13 +251,16 @@ def _versions() -> dict[str, str]:
 def base_state(module: nn.Module) -> dict[str, Any]:
     """The state dict under the base's own names: without adapters, without `base_layer` in keys."""
     from vislr.adapters import inject
+    from vislr.adapters.sara_layer import unmerged_tensors
 
     wrapped = [f"{path}." for path, _ in inject.tuner_layers(module)]
-    return {
+    state = {
         inject.plain_name(key): value
         for key, value in module.state_dict().items()
         if all(key.startswith(f"{path}base_layer.") for path in wrapped if key.startswith(path))
     }
+    # Sparse adapters live in the weights themselves.
+    return state | {inject.plain_name(key): value for key, value in unmerged_tensors(module).items()}
 
 
 def _without_adapters(module: Any) -> Any:

@@ -10,12 +10,11 @@ from PIL import Image
 
 from vislr.core.errors import ConfigError, DataError
 from vislr.zoo.composing import BASE_STYLES, SCENE_STYLES, export_scenes, scene, scenes
-from vislr.zoo.emoji import STYLES, images
+from vislr.zoo.emoji import PROCEDURAL_STYLES, STYLES, images
 from vislr.zoo.grounds import (
     COLOURS,
     HELD_OUT_PATTERNS,
     PATTERNS,
-    PROCEDURAL_STYLES,
     block_means,
     draw_ground,
     restyle,

@@ -10,7 +10,8 @@ from PIL import Image
 from vislr import zoo
 from vislr.core.errors import ConfigError, DataError
 from vislr.zoo.build_emoji import plain_words, with_article
-from vislr.zoo.emoji import ARCHIVE
+from vislr.zoo.emoji import ARCHIVE, PROCEDURAL_STYLES
+from vislr.zoo.grounds import restyle
 from vislr.zoo.vocabulary import MAX_TOKENS, build_tokenizer, check_words, words_of
 
 
@@ -65,6 +66,16 @@ def test_unknown_selection_names_the_nearest(field, value, said):
 )
 def test_names_become_plain_words(name, phrase):
     assert with_article(plain_words(name)) == phrase
+
+
+@pytest.mark.parametrize("style", PROCEDURAL_STYLES)
+def test_procedural_styles_are_the_source_restyled(style):
+    drawn, source = zoo.images(style=style), zoo.images(style="noto")
+    assert [p.codepoint for p in drawn] == [p.codepoint for p in source]
+    assert drawn[3].caption == source[3].caption.replace("noto", style)
+    assert drawn[3].licence == "Apache-2.0"
+    assert np.array_equal(np.asarray(drawn[3].image()), np.asarray(restyle(source[3].image(), style)))
+    assert not np.array_equal(np.asarray(drawn[3].image()), np.asarray(source[3].image()))
 
 
 @pytest.mark.parametrize("captions", ["txt", "jsonl"])

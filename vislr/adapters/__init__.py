@@ -1,13 +1,14 @@
-"""Adapters: ConvLoRA and FLoRA as peft methods, and one door through which any adapter goes on and off.
+"""Adapters: ConvLoRA, FLoRA and SaRA as peft methods, and one door through which any adapter goes on and off.
 
-Importing this registers both with peft, so `inject_adapter_in_model`, `get_peft_model`, `PeftModel` and
+Importing this registers them with peft, so `inject_adapter_in_model`, `get_peft_model`, `PeftModel` and
 diffusers' `set_adapters`, `fuse_lora`, `unfuse_lora` and `delete_adapters` know them.
 """
 
-from vislr.adapters import conv_lora, flora
+from vislr.adapters import conv_lora, flora, sara
 from vislr.adapters.conv_lora import ConvLoraConfig
 from vislr.adapters.flora import FloraConfig
 from vislr.adapters.inject import adapter_names, adapter_parameters, attach, detach, set_adapters
+from vislr.adapters.sara import SaraConfig
 
 
 def _register() -> None:
@@ -16,6 +17,7 @@ def _register() -> None:
     for module, config, tuner in (
         (conv_lora, ConvLoraConfig, conv_lora.ConvLoraModel),
         (flora, FloraConfig, flora.FloraModel),
+        (sara, SaraConfig, sara.SaraModel),
     ):
         # peft's own `register_peft_method` refuses types outside of its enum; the mappings do not.
         kind: dict = {"config": config, "tuner": tuner, "prefix": tuner.prefix}
@@ -29,6 +31,7 @@ _register()
 __all__ = [
     "ConvLoraConfig",
     "FloraConfig",
+    "SaraConfig",
     "adapter_names",
     "adapter_parameters",
     "attach",

@@ -23,6 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
 from torch import nn
 
 from vislr.adapters.layer import DeltaLayer
+from vislr.adapters.sara_layer import SaraLayer
 from vislr.adapters.targets import innermost, modules_outside, resolve_peft, resolve_with_notes
 from vislr.core.errors import AdapterError, UndoError, VislrError, hint
 from vislr.core.registry import Attached
@@ -98,6 +99,8 @@ def unit_scale(layer: Any, name: str) -> float | None:
     """What this layer multiplies the delta of adapter `name` with at weight 1; None: the kind has no scale."""
     if isinstance(layer, DeltaLayer):
         return layer.unit_scale(name)
+    if isinstance(layer, SaraLayer):
+        return 1.0
     if isinstance(layer, LoraLayer):
         r = layer.r[name]
         return layer.lora_alpha[name] / (math.sqrt(r) if layer.use_rslora.get(name) else r)
@@ -193,7 +196,7 @@ def attach(module: Any, change: Any, name: str = "default") -> Attached:
 
     Args:
         module: any model whose layers are torch's linears and convs.
-        change: ConvLoraConfig, FloraConfig, or a config of peft's (LoRA, DoRA, LoHa, LoKr, OFT, ...); not
+        change: ConvLoraConfig, FloraConfig, SaraConfig, or a config of peft's (LoRA, DoRA, LoHa, LoKr, OFT, ...); not
             changed. A peft config without target_modules gets every conv and linear of the backbone.
         name: free so far; letters, digits, "_" and "-".
 
@@ -281,9 +284,12 @@ def _resolved(module: nn.Module, change: Any) -> tuple[Any, list[str], tuple[str
     """A config that peft can inject, the layers it goes on, and notes. Changes nothing."""
     if not isinstance(change, PeftConfig):
         raise AdapterError(
-            f"cannot attach a {type(change).__name__}; expected a ConvLoraConfig, FloraConfig or peft config"
+            f"cannot attach a {type(change).__name__}; expected a ConvLoraConfig, FloraConfig, SaraConfig or peft config"
         )
     config: Any = copy.deepcopy(change)
+    if hasattr(config, "resolve"):
+        selection = config.resolve(module)
+        return config, list(selection.index), selection.notes()
     if hasattr(config, "sites"):
         config.sites, notes = resolve_with_notes(module, config)
         return config, config.sites, notes

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -50,6 +50,7 @@ class Entries:
         kept: (k,) int64, places of `trained` in `index`; None before a re-selection.
         frozen: (n,) learned values of all entries at the re-selection; None before it.
         steps: optimiser steps so far, for optimisers that do not count them.
+        trained_cut: how many trained entries belong to the weight.
     """
 
     index: torch.Tensor
@@ -63,10 +64,10 @@ class Entries:
     kept: torch.Tensor | None = None
     frozen: torch.Tensor | None = None
     steps: int = 0
+    trained_cut: int = field(init=False)
 
-    def trained_cut(self) -> int:
-        """How many trained entries belong to the weight."""
-        return self.cut if self.kept is None else int((self.kept < self.cut).sum())
+    def __post_init__(self) -> None:
+        self.trained_cut = self.cut
 
     def move(self, fn: Any) -> None:
         """Follow the layer to another device or dtype."""
@@ -220,7 +221,7 @@ class SaraLayer(nn.Module, BaseTunerLayer):
         held: dict[str, torch.Tensor] = {}
         for name in live:
             entries = self.entries[name]
-            cut = entries.trained_cut()
+            cut = entries.trained_cut
             keys = [key for key, used in (("weight", cut > 0), ("bias", cut < len(entries.trained))) if used]
             given = [held.get(key, parts[key]) for key in keys]
             if given:
@@ -267,7 +268,7 @@ class SaraLayer(nn.Module, BaseTunerLayer):
         self._written = ()
 
     @torch.no_grad()
-    def state(self, names: Sequence[str] = ()) -> dict[str, torch.Tensor]:
+    def tensors_with(self, names: Sequence[str] = ()) -> dict[str, torch.Tensor]:
         """Copies of "weight" and "bias" as they are with these adapters in; with none, the base bit for bit."""
         copies = {key: part.detach().clone() for key, part in self.parts().items()}
         self._put_base(copies, [name for name, *_ in self._written])
@@ -339,6 +340,7 @@ class SaraLayer(nn.Module, BaseTunerLayer):
         entries.frozen = self.current(name).clone()
         entries.kept = keep if entries.kept is None else entries.kept[keep]
         entries.trained = entries.trained[keep]
+        entries.trained_cut = int((entries.kept < entries.cut).sum())
         resize_(vector, vector.detach()[keep])
         self.write_back()
         return keep
@@ -446,13 +448,14 @@ class SaraLayer(nn.Module, BaseTunerLayer):
         device = vector.device
         parts = {key: part.detach() for key, part in self.parts().items()}
         entries.index = entries.trained = tensors["sara_index"].to(device)
-        entries.cut = int((entries.index < parts["weight"].numel()).sum())
+        entries.cut = entries.trained_cut = int((entries.index < parts["weight"].numel()).sum())
         entries.base = self._gathered(entries.index, entries.cut, parts)
         values = (entries.base.double() + tensors["sara_delta"].to(device).double()).to(vector.dtype)
         entries.kept = entries.frozen = None
         if "sara_kept" in tensors:
             entries.kept, entries.frozen = tensors["sara_kept"].to(device).long(), values
             entries.trained = entries.index[entries.kept]
+            entries.trained_cut = int((entries.kept < entries.cut).sum())
             values = values[entries.kept]
         resize_(vector, values)
         self.scaling[name] = 1.0
@@ -460,6 +463,16 @@ class SaraLayer(nn.Module, BaseTunerLayer):
 
     def extra_repr(self) -> str:
         return f"adapters={ {name: len(entries.trained) for name, entries in self.entries.items()} }"
+
+
+def unmerged_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Key in the state dict -> a copy of each weight and bias under SaRA, with merged adapters in and no others."""
+    return {
+        f"{path}.base_layer.{layer.prefix()}{key}": tensor
+        for path, layer in module.named_modules()
+        if isinstance(layer, SaraLayer)
+        for key, tensor in layer.tensors_with(layer.merged_adapters).items()
+    }
 
 
 def resize_(parameter: nn.Parameter, values: torch.Tensor) -> None:
@@ -470,9 +483,6 @@ def resize_(parameter: nn.Parameter, values: torch.Tensor) -> None:
     other = torch.float16 if values.dtype != torch.float16 else torch.float32
     parameter.data = torch.empty(0, dtype=other, device=values.device)
     parameter.data = values
-    with torch.no_grad():
-        # Setting `data` does not count as a change.
-        parameter.mul_(1)
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -113,14 +113,16 @@ def select(model: nn.Module, config: Any) -> Selection:
         smallest = min(float(m.min()) for site in sites for m in magnitudes(layers[site]) if len(m))
         raise AdapterError(f"no magnitude is below the threshold {limit:g}; the smallest is {smallest:.3g}")
     # As a threshold for the re-selection: strictly above the largest magnitude counted in.
-    threshold = limit if config.threshold is not None else math.nextafter(limit, math.inf)
+    threshold = limit
+    if config.threshold is None:
+        threshold = float(torch.nextafter(torch.tensor(limit), torch.tensor(math.inf)))
     return Selection(index, threshold, total, tuple(_left_alone(model)))
 
 
 def magnitudes(layer: nn.Module) -> Iterator[torch.Tensor]:
     """|weight| and |bias| of the base, flat, float32."""
     sparse = next((each for each in chain(layer) if isinstance(each, SaraLayer)), None)
-    parts = sparse.state().values() if sparse is not None else _own(layer)
+    parts = sparse.tensors_with().values() if sparse is not None else _own(layer)
     for part in parts:
         yield part.detach().reshape(-1).float().abs()
 
@@ -140,11 +142,14 @@ def _kth(tensors: Any, k: int) -> tuple[float, int]:
     def bits() -> Iterator[torch.Tensor]:
         return (tensor.view(torch.int32) for tensor in tensors())
 
-    high = sum((torch.bincount(b >> 16, minlength=1 << 15).cpu() for b in bits()), torch.zeros(1 << 15)).cumsum(0)
+    high = sum(
+        (torch.bincount(b >> 16, minlength=1 << 15).cpu() for b in bits()), torch.zeros(1 << 15, dtype=torch.int64)
+    ).cumsum(0)
     top = int(torch.searchsorted(high, k))
     before = int(high[top - 1]) if top else 0
     low = sum(
-        (torch.bincount(b[b >> 16 == top] & 0xFFFF, minlength=1 << 16).cpu() for b in bits()), torch.zeros(1 << 16)
+        (torch.bincount(b[b >> 16 == top] & 0xFFFF, minlength=1 << 16).cpu() for b in bits()),
+        torch.zeros(1 << 16, dtype=torch.int64),
     ).cumsum(0)
     rest = int(torch.searchsorted(low, k - before))
     before += int(low[rest - 1]) if rest else 0

@@ -56,7 +56,7 @@ def rank_gradient(layer: SaraLayer, name: str) -> torch.Tensor:
     The matrix is the weight as (outputs, everything else), zero where it is not trained.
     """
     entries = layer.entries[name]
-    cut = entries.trained_cut()
+    cut = entries.trained_cut
     place, weight, values = entries.trained[:cut].long(), layer.parts()["weight"], layer.sara_values[name].detach()
     matrix = torch.zeros(weight.numel(), dtype=values.dtype, device=values.device)
     matrix[place] = values[:cut]
@@ -133,7 +133,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
             if vector.grad is not None
             and layer.entries[name].rank_weight
             and layer.parts()["weight"].dim() > 1
-            and layer.entries[name].trained_cut()
+            and layer.entries[name].trained_cut
         ]
         if not matrices:
             continue

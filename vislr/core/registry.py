@@ -59,6 +59,8 @@ _KINDS = {
              "low-rank reshaped updates of convs and linears (ConvLoRA)"),
         Kind("flora", "vislr.adapters.flora:FloraConfig", "vislr.adapters.inject", False,
              "Tucker updates of convs and linears (FLoRA)"),
+        Kind("sara", "vislr.adapters.sara:SaraConfig", "vislr.adapters.inject", False,
+             "sparse tuning in place of the entries nearest to zero (SaRA)"),
         Kind("peft", "peft:PeftConfig", "vislr.adapters.inject", False,
              "any adapter config of peft: LoRA, DoRA, LoHa, LoKr, OFT, ..."),
     )

@@ -13,6 +13,7 @@ from torch import nn
 
 from vislr.adapters.inject import plain_config
 from vislr.adapters.layer import DeltaLayer, chain
+from vislr.adapters.sara_layer import SaraLayer
 from vislr.adapters.targets import modules_outside
 from vislr.core.errors import AdapterError, FormatError, ModelError
 from vislr.core.hashing import content_hash
@@ -27,8 +28,8 @@ class AdapterFile:
     """One adapter, read and checked, not yet on a model.
 
     Attributes:
-        kind: "convlora", "flora", "lora" (DoRA too), "loha", "lokr" or "oft".
-        config: what `attach` takes to make the same layers: a ConvLoraConfig, FloraConfig or peft config.
+        kind: "convlora", "flora", "sara", "lora" (DoRA too), "loha", "lokr" or "oft".
+        config: what `attach` takes to make the same layers: a ConvLoraConfig, FloraConfig, SaraConfig or peft config.
         tensors: module path -> suffix of the `vislr` format -> tensor.
         manifest: the header's manifest; of a file without one, what could be read from its keys.
         format: "vislr" or "diffusers".
@@ -53,10 +54,14 @@ def base_weights(layers: dict[str, Any]) -> dict[str, torch.Tensor]:
     for site, outer in layers.items():
         nest: list[Any] = list(chain(outer))
         ours = [layer for layer in nest if isinstance(layer, DeltaLayer)]
-        others = [layer for layer in nest if isinstance(layer, BaseTunerLayer) and not isinstance(layer, DeltaLayer)]
+        known = (DeltaLayer, SaraLayer)
+        others = [layer for layer in nest if isinstance(layer, BaseTunerLayer) and not isinstance(layer, known)]
         weight = ours[-1].original_weight() if ours else nest[-1].weight.data
         if weight is None or any(layer.merged for layer in others):
             raise AdapterError(f"an adapter is merged into '{site}' and its base was not kept; unmerge it first")
+        for layer in nest:
+            if isinstance(layer, SaraLayer):
+                weight = layer.restored(weight)
         found[site] = weight
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from vislr.adapters.inject import adapter_layers, attach, detach
-from vislr.adapters.targets import adaptable
+from vislr.adapters.targets import adaptable, modules_outside
 from vislr.core.errors import AdapterError, hint
 from vislr.core.registry import Attached
 from vislr.formats.adapter_file import AdapterFile, base_entry, family_of
@@ -22,7 +22,7 @@ def check_base(module: nn.Module, file: AdapterFile, any_base: bool = False) -> 
         AdapterError: another architecture, or the weights under the adapter differ from those that it
             was made on.
     """
-    layers = adaptable(module)
+    layers = modules_outside(module) if file.kind == "sara" else adaptable(module)
     missing = [site for site in file.tensors if site not in layers]
     if missing:
         made_for = file.manifest["architecture"] or "another model"

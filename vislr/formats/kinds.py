@@ -11,6 +11,8 @@ lora      `lora_down.weight` (r, Cg, *K), `lora_up.weight` (Co, r, 1...), `alpha
 loha      `hada_w1_a`, `hada_w1_b`, `hada_w2_a`, `hada_w2_b`, `alpha`; Tucker: `hada_t1`, `hada_t2`
 lokr      `lokr_w1` or `lokr_w1_a`, `lokr_w1_b`; `lokr_w2` or `lokr_w2_a`, `lokr_w2_b`; `lokr_t2`; `alpha`
 oft       `oft_blocks` (n, b, b): skew-symmetric, before peft's Cayley transform
+sara      `sara_index` (n,) int32, places in the weight, then the bias; `sara_delta` (n,) float64;
+          `sara_shape` of the weight, int64; `sara_kept` (k,) int32, places in `sara_index` still trained
 ========  =====================================================================================
 
 `alpha` is a float32 scalar: delta = alpha / r times the product (FLoRA: alpha times).
@@ -24,6 +26,7 @@ import torch
 
 from vislr.adapters.inject import unit_scale
 from vislr.adapters.layer import DeltaLayer
+from vislr.adapters.sara_layer import SaraLayer
 from vislr.core.errors import FormatError, hint
 
 _LYCORIS = {
@@ -36,6 +39,7 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
     "lora": ("lora_down.weight", "lora_up.weight", "dora_scale", "alpha"),
     **{kind: (*names, "alpha") for kind, names in _LYCORIS.items()},
     "oft": ("oft_blocks",),
+    "sara": ("sara_index", "sara_delta", "sara_shape", "sara_kept"),
 }
 
 
@@ -57,7 +61,7 @@ def stored(layer: Any, name: str, kind: str) -> dict[str, torch.Tensor]:
     Raises:
         FormatError: the layer has parts that the kind's suffixes cannot hold.
     """
-    if isinstance(layer, DeltaLayer):
+    if isinstance(layer, (DeltaLayer, SaraLayer)):
         return layer.file_tensors(name)
     if kind == "oft":
         return {"oft_blocks": _blocks(layer.oft_R[name], layer.oft_R[name].weight.detach())}
@@ -85,7 +89,7 @@ def stored(layer: Any, name: str, kind: str) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def put(layer: Any, name: str, kind: str, tensors: dict[str, torch.Tensor]) -> None:
     """Copy values of `stored`'s suffixes and shapes into adapter `name` of one layer."""
-    if isinstance(layer, DeltaLayer):
+    if isinstance(layer, (DeltaLayer, SaraLayer)):
         layer.load_file_tensors(name, tensors)
     elif kind == "oft":
         rotation = layer.oft_R[name]
@@ -108,6 +112,10 @@ def check_values(layer: Any, name: str, kind: str, tensors: dict[str, torch.Tens
     Raises:
         FormatError: names the first such key.
     """
+    if isinstance(layer, SaraLayer):
+        # The file says how many entries there are.
+        layer.check_file_tensors(tensors, site)
+        return
     expected = stored(layer, name, kind)
     for suffix in expected:
         if suffix not in tensors:

@@ -20,6 +20,7 @@ from vislr.formats.writing import DIFFUSERS_METADATA
 
 NO_NOTES: tuple[str, ...] = ()
 _COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+INTEGERS = (".sara_index", ".sara_shape", ".sara_kept")
 _DIFFUSERS = {".lora_A.weight": "lora_down.weight", ".lora_B.weight": "lora_up.weight", ".alpha": "alpha"}
 
 
@@ -35,6 +36,8 @@ def read_adapter(path: str | os.PathLike) -> AdapterFile:
     if not tensors:
         raise FormatError(f"'{path}' holds no tensors")
     for key, tensor in tensors.items():
+        if key.endswith(INTEGERS) and not tensor.is_floating_point():
+            continue
         if not tensor.is_floating_point():
             raise FormatError(f"'{path}': '{key}' is {tensor.dtype}, expected floating point")
         if not torch.isfinite(tensor).all():

@@ -2,9 +2,10 @@
 
 from vislr.zoo.checkpoints import pipeline, pipeline_folder, pipeline_names
 from vislr.zoo.composing import Scene, export_scenes, scene, scenes
-from vislr.zoo.emoji import SPLITS, STYLES, Picture, export, images
+from vislr.zoo.emoji import PROCEDURAL_STYLES, SPLITS, STYLES, Picture, export, images
 
 __all__ = [
+    "PROCEDURAL_STYLES",
     "SPLITS",
     "STYLES",
     "Picture",

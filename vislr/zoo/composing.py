@@ -17,12 +17,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vislr.core.errors import ConfigError, DataError, hint
-from vislr.zoo.emoji import LICENCES, SPLITS, STYLE_WORDS, STYLES, Picture, images, write_folder
+from vislr.zoo.emoji import (
+    LICENCES,
+    PROCEDURAL_SOURCE,
+    PROCEDURAL_STYLES,
+    SPLITS,
+    STYLE_WORDS,
+    STYLES,
+    Picture,
+    images,
+    source_of,
+    write_folder,
+)
 from vislr.zoo.grounds import (
     COLOURS,
     HELD_OUT_PATTERNS,
     PATTERNS,
-    PROCEDURAL_STYLES,
     block_means,
     cell_of,
     draw_ground,
@@ -39,8 +49,6 @@ MARGIN = 2
 # What the base models are trained on; the others are for adapters.
 BASE_STYLES = ("noto", "twemoji")
 SCENE_STYLES = (*STYLES, *PROCEDURAL_STYLES)
-# Procedural styles are computed from this one.
-PROCEDURAL_SOURCE = "noto"
 # Sides in pixels of a lone subject, and of two side by side.
 LONE = {"small": 26, "": 40, "large": 58}
 PAIR = {"small": 22, "": 29, "large": 36}
@@ -102,7 +110,7 @@ class Scene:
     @property
     def credits(self) -> str:
         """Whom to name, and the licence."""
-        licence, credit = LICENCES[_source(self.style)]
+        licence, credit = LICENCES[source_of(self.style)]
         return f"{credit}: {licence}"
 
     def metadata(self) -> dict[str, Any]:
@@ -169,10 +177,6 @@ def scene(
 def scenes(count: int, *, start: int = 0, **asked: Any) -> list[Scene]:
     """`count` scenes from index `start` on; `asked` as in `scene`."""
     return [scene(index, **asked) for index in range(start, start + count)]
-
-
-def _source(style: str) -> str:
-    return PROCEDURAL_SOURCE if style in PROCEDURAL_STYLES else style
 
 
 @functools.cache
@@ -275,7 +279,7 @@ def _subject(codepoint: str, style: str, side: int) -> tuple[np.ndarray, np.ndar
     """Colour and opacity of a subject whose longer side is `side` pixels."""
     from PIL import Image
 
-    source = _picture(codepoint, _source(style))
+    source = _picture(codepoint, source_of(style))
     scale = side / max(source.size)
     size = (max(1, round(source.width * scale)), max(1, round(source.height * scale)))
     colour, opacity = _resized(source, size)

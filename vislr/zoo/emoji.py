@@ -29,8 +29,16 @@ LICENCES = {
     "twemoji": ("CC-BY-4.0", "Twemoji, Twitter, Inc and other contributors"),
     "fluent3d": ("MIT", "Fluent Emoji 3D, Microsoft Corporation"),
 }
+# Styles computed from the pictures of PROCEDURAL_SOURCE (vislr.zoo.grounds.restyle).
+PROCEDURAL_STYLES = ("outline", "pixel", "sepia", "halftone")
+PROCEDURAL_SOURCE = "noto"
 # The word of each style in captions; one token each.
-STYLE_WORDS = {"noto": "noto", "twemoji": "twemoji", "fluent3d": "fluent"}
+STYLE_WORDS = {"noto": "noto", "twemoji": "twemoji", "fluent3d": "fluent"} | {s: s for s in PROCEDURAL_STYLES}
+
+
+def source_of(style: str) -> str:
+    """The embedded style that pictures of `style` are drawn from: itself, unless it is a procedural one."""
+    return PROCEDURAL_SOURCE if style in PROCEDURAL_STYLES else style
 
 
 @dataclass(frozen=True)
@@ -53,22 +61,27 @@ class Picture:
     @property
     def licence(self) -> str:
         """SPDX name of the image's licence."""
-        return LICENCES[self.style][0]
+        return LICENCES[source_of(self.style)][0]
 
     @property
     def credit(self) -> str:
         """Whom to name."""
-        return LICENCES[self.style][1]
+        return LICENCES[source_of(self.style)][1]
 
     def encoded(self) -> bytes:
-        """The WebP file."""
-        return _archive().read(f"{self.style}/{self.codepoint}.webp")
+        """The WebP file; of a procedural style that of its source."""
+        return _archive().read(f"{source_of(self.style)}/{self.codepoint}.webp")
 
     def image(self) -> Image.Image:
         """The picture, RGB, 64 x 64."""
         from PIL import Image
 
-        return Image.open(io.BytesIO(self.encoded())).convert("RGB")
+        picture = Image.open(io.BytesIO(self.encoded())).convert("RGB")
+        if self.style not in PROCEDURAL_STYLES:
+            return picture
+        from vislr.zoo.grounds import restyle
+
+        return restyle(picture, self.style)
 
 
 @functools.cache
@@ -90,17 +103,19 @@ def _checked(kind: str, given: str | None, choices: Iterable[str]) -> None:
 def images(style: str | None = None, category: str | None = None, split: str | None = None) -> list[Picture]:
     """The embedded images, in a fixed order, optionally of one style, category or split only.
 
+    Without a style: the three embedded ones. The procedural styles are given when asked for.
+
     Raises:
         ConfigError: an unknown style, category or split.
     """
-    _checked("style", style, STYLES)
+    _checked("style", style, (*STYLES, *PROCEDURAL_STYLES))
     _checked("split", split, SPLITS)
     _checked("category", category, sorted({c["category"] for c in _concepts()}))
     return [
         Picture(style=one, **concept)
         for concept in _concepts()
-        for one in STYLES
-        if style in (None, one) and category in (None, concept["category"]) and split in (None, concept["split"])
+        for one in (STYLES if style is None else (style,))
+        if category in (None, concept["category"]) and split in (None, concept["split"])
     ]
 
 
@@ -120,7 +135,7 @@ def export(folder: str | Path, pictures: list[Picture], captions: str = "txt") -
         OutputError: the folder cannot be written.
     """
     rows = [(f"{one.style}-{one.name.replace(' ', '-')}", one.image, one.caption) for one in pictures]
-    credits = [f"{LICENCES[style][1]}: {LICENCES[style][0]}" for style in sorted({one.style for one in pictures})]
+    credits = sorted({f"{one.credit}: {one.licence}" for one in pictures})
     return write_folder(folder, rows, captions, credits)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vislr.core.errors import ConfigError, hint
+from vislr.zoo.emoji import PROCEDURAL_STYLES
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,7 +28,6 @@ PATTERNS = ("plain", "gradient", "striped", "dotted", "checkered")
 # Never behind a training scene of the base models: for adapters to learn.
 HELD_OUT_PATTERNS = ("zigzag", "starry", "wavy", "grid")
 # Styles that are a function of a picture; also held out. Their own name is their word in captions.
-PROCEDURAL_STYLES = ("outline", "pixel", "sepia", "halftone")
 LIGHT = 0.45
 
 
