@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import weakref
 
 import pytest
@@ -159,7 +160,7 @@ def test_errors_leave_the_model_untouched(net):
     untouched(net, SaraConfig(threshold=0.1, target_modules=["haed"]), TargetError, "did you mean 'head'")
     untouched(net, SaraConfig(threshold=0.1, target_modules=[]), TargetError, "target_modules is empty")
     untouched(net, SaraConfig(threshold=1e-9, exclude_modules=["norm"]), AdapterError, "no magnitude is below")
-    untouched(net, SaraConfig(count=10**6), AdapterError, r"count is 1,000,000; the layers chosen have 700 entries")
+    untouched(net, SaraConfig(count=10**6), AdapterError, r"count is 1,000,000; the layers chosen have 678 entries")
     untouched(net, SaraConfig(threshold=0.1), AdapterError, "letters, digits", name="a.b")
     with torch.device("meta"):
         empty = Net()
@@ -176,18 +177,14 @@ def test_tied_weights_are_an_error_until_they_are_left_out(net):
     net.twin.weight = net.head.weight
     untouched(net, SaraConfig(threshold=0.1), AdapterError, "'head.weight' and 'twin.weight' are one tied tensor")
     net.again = net.conv
-    untouched(
-        net, SaraConfig(threshold=0.1, target_modules=["conv"]), AdapterError, "'conv.weight' and 'again.weight'"
-    )
-    attached = attach(net, SaraConfig(threshold=0.1, exclude_modules=["head", "twin", "conv", "again"]), "a")
+    untouched(net, SaraConfig(threshold=0.1, target_modules=["conv"]), AdapterError, "'conv.weight' and 'again.weight'")
+    attached = attach(net, SaraConfig(threshold=0.1, exclude_modules=["head", "twin", "conv"]), "a")
     assert attached.sites == ("norm", "wide")
 
 
 def test_an_attention_projection_used_without_its_forward_is_left_alone():
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "norm": nn.LayerNorm(8)})
-    untouched(
-        model, SaraConfig(threshold=1.0, target_modules=["out_proj"]), AdapterError, "without its forward"
-    )
+    untouched(model, SaraConfig(threshold=1.0, target_modules=["out_proj"]), AdapterError, "without its forward")
     attached = attach(model, SaraConfig(threshold=1.0), "a")
     assert attached.sites == ("norm",)
     assert "attention.in_proj_weight, attention.in_proj_bias, attention.out_proj.weight and 1 more" in attached.notes[1]
@@ -250,22 +247,22 @@ def test_memory(net):
             nonlocal peak
             result = func(*args, **(kwargs or {}))
             for tensor in result if isinstance(result, (tuple, list)) else [result]:
-                # Transposed views of a gradient are not a second one.
-                if torch.is_tensor(tensor) and tensor.shape in shapes and tensor._base is None:
-                    alive.append(weakref.ref(tensor.untyped_storage()))
+                if torch.is_tensor(tensor) and tensor.shape in shapes and tensor.data_ptr() not in held:
+                    alive.append(weakref.ref(tensor))
                     seen.add(tensor.shape)
-            now = {ref().data_ptr(): ref().nbytes() for ref in alive if ref() is not None}
+            # By memory: a view of a gradient is not a second one.
+            now = {t.data_ptr(): t.untyped_storage().nbytes() for t in (ref() for ref in alive) if t is not None}
             peak = max(peak, sum(now.values()))
             return result
 
     seen: set = set()
-    loss = loss_of(net)
+    loss = loss_of(net, X[:5])  # a batch of 6 would give activations of the head's shape
     held = {p.data_ptr() for p in net.parameters()}
     with Watch():
         loss.backward()
     assert seen == set(shapes)  # the dense gradient of every layer went by
     assert 0 < peak <= max(shapes.values())
-    assert held.isdisjoint({ref().data_ptr() for ref in alive if ref() is not None})
+    assert not [ref for ref in alive if ref() is not None]
     assert {n for n, p in net.named_parameters() if p.grad is not None} == set(adapter_parameters(net, "a"))
 
 
@@ -362,11 +359,11 @@ def test_a_loss_scaler_and_accelerate(net):
     plain, prepared = copy.deepcopy(net), copy.deepcopy(net)
     for model in (net, plain, prepared):
         attach(model, SaraConfig(threshold=0.1, rank_weight=0.1, rank_matrices=None), "a")
-    train(plain, 3)
+    train(plain, 3, fused=True)
     optimizer = torch.optim.AdamW(vectors(net), lr=0.02, fused=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     accelerator = Accelerator(cpu=True)
-    wrapped, outer = accelerator.prepare(prepared, torch.optim.AdamW(vectors(prepared), lr=0.02))
+    wrapped, outer = accelerator.prepare(prepared, torch.optim.AdamW(vectors(prepared), lr=0.02, fused=True))
     for _ in range(3):
         optimizer.zero_grad()
         scaler.scale(loss_of(net)).backward()
@@ -377,7 +374,7 @@ def test_a_loss_scaler_and_accelerate(net):
         outer.step()
     assert same(weights(prepared), weights(plain))
     for name, value in weights(net).items():
-        assert torch.allclose(value, weights(plain)[name], rtol=1e-4, atol=1e-6)
+        assert torch.allclose(value, weights(plain)[name], rtol=1e-5, atol=1e-7)
 
 
 # Rank term.
@@ -428,9 +425,11 @@ def test_the_rank_term_alone_makes_the_norm_fall(net):
     for _ in range(5):
         for vector in vectors(net):
             vector.grad = torch.zeros_like(vector)
-        norms.append([float(torch.linalg.matrix_norm(masked(net, n)[0], "nuc")) for n in ("conv", "wide", "head")])
+        norms.append(
+            [float(torch.linalg.matrix_norm(masked(net, n)[0].detach(), "nuc")) for n in ("conv", "wide", "head")]
+        )
         optimizer.step()
-    for before, after in zip(norms, norms[1:], strict=False):
+    for before, after in itertools.pairwise(norms):
         assert all(b > a for b, a in zip(before, after, strict=True))
 
 
@@ -604,7 +603,7 @@ def test_beside_an_adapter_of_another_kind(net, order, removed, tmp_path):
         assert not torch.allclose(alone[name], output, atol=1e-3)
     set_adapters(net, list(changes))
     files = {name: read_adapter(write_adapter(net, name, tmp_path / f"{name}.safetensors")) for name in changes}
-    assert same({k: v for k, v in vislr.recipe.base_state(net).items()}, base)
+    assert same(vislr.recipe.base_state(net), base)
     torch.manual_seed(0)
     fresh = Net().eval()
     for name in changes:
@@ -618,7 +617,7 @@ def test_beside_an_adapter_of_another_kind(net, order, removed, tmp_path):
     detach(net, attached[name])
     assert dict(net.named_modules()) == modules
     assert torch.equal(net(X), output)
-    assert same({k: v for k, v in net.named_parameters()}, base)
+    assert same(dict(net.named_parameters()), base)
 
 
 def test_copies_and_other_dtypes(net):
@@ -726,7 +725,7 @@ def test_save_and_load_a_model_with_adapters_inside(tmp_path):
     assert same(UNet2DConditionModel.from_pretrained(tmp_path / "unet").state_dict(), base)
     again = vislr.load(tmp_path / "unet")
     assert active_adapters(again) == {"a": 1.0, "b": 0.5}
-    assert same({n: p for n, p in weights(again).items()}, weights(unet))
+    assert same(weights(again), weights(unet))
 
 
 def test_diffusers_own_switches():
@@ -754,7 +753,7 @@ def test_diffusers_own_switches():
 
 
 def test_compiled_as_one_graph(net):
-    twin = copy.deepcopy(net)
+    base, twin = copy.deepcopy(net), copy.deepcopy(net)
     for model in (net, twin):
         attach(model, SaraConfig(threshold=0.1), "a")
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
@@ -765,11 +764,13 @@ def test_compiled_as_one_graph(net):
             loss_of(run).backward()
             optimizer.step()
     with torch.no_grad():
-        assert torch.allclose(compiled(X), twin(X), rtol=1e-5, atol=1e-6)
-        for layer in (*layers_of(net).values(), *layers_of(twin).values()):
+        trained = twin(X)
+        assert torch.allclose(compiled(X), trained, rtol=1e-5, atol=1e-6)
+        # What the trainer sets to show the base.
+        for layer in layers_of(net).values():
             layer._disable_adapters = True
-        assert torch.allclose(compiled(X), twin(X), rtol=1e-5, atol=1e-6)
-        assert not torch.allclose(compiled(X), loss_of(net), atol=1e-3)
+        assert torch.allclose(compiled(X), base(X), rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(base(X), trained, atol=1e-3)
 
 
 def test_the_papers_learning_rate():

@@ -159,8 +159,7 @@ def test_gradients_are_those_of_the_dense_definition(case):
         total = total.index_add(0, index, scale * (layer.sara_values[name] - base[index]))
     sizes = [p.numel() for p in twin.parameters()]
     swapped = {
-        key: piece.reshape(p.shape)
-        for (key, p), piece in zip(twin.named_parameters(), total.split(sizes), strict=True)
+        key: piece.reshape(p.shape) for (key, p), piece in zip(twin.named_parameters(), total.split(sizes), strict=True)
     }
     expected, given = functional_call(twin, swapped, (x,)), layer(x)
     assert torch.allclose(given, expected, rtol=1e-12, atol=1e-12)

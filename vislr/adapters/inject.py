@@ -284,7 +284,7 @@ def _resolved(module: nn.Module, change: Any) -> tuple[Any, list[str], tuple[str
     """A config that peft can inject, the layers it goes on, and notes. Changes nothing."""
     if not isinstance(change, PeftConfig):
         raise AdapterError(
-            f"cannot attach a {type(change).__name__}; expected a ConvLoraConfig, FloraConfig, SaraConfig or peft config"
+            f"cannot attach a {type(change).__name__}; expected a config of ConvLoRA, FLoRA, SaRA or peft"
         )
     config: Any = copy.deepcopy(change)
     if hasattr(config, "resolve"):

@@ -86,10 +86,9 @@ class SaraConfig(PeftConfig):
         Raises:
             TargetError, AdapterError: as `select`; or a re-selection while several processes train.
         """
-        distributed = torch.distributed
-        if self.reselect_after and distributed.is_available() and distributed.is_initialized():
-            if distributed.get_world_size() > 1:
-                raise AdapterError("reselect_after changes the size of gradients, which several processes cannot share")
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self.reselect_after and several and torch.distributed.get_world_size() > 1:
+            raise AdapterError("reselect_after changes the size of gradients, which several processes cannot share")
         return select(model, self)
 
 

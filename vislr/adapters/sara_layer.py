@@ -101,7 +101,7 @@ class _Held(torch.autograd.Function):
     def forward(ctx: Any, values: Any, index: Any, cut: int, size: int, scale: float, *parts: Any) -> Any:
         ctx.save_for_backward(index)
         ctx.cut, ctx.size, ctx.scale, ctx.dtype = cut, size, scale, values.dtype
-        return tuple(part.view_as(part) for part in parts)
+        return tuple(part.detach() for part in parts)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -169,7 +169,7 @@ class SaraLayer(nn.Module, BaseTunerLayer):
 
     # `adapters_off` of the trainer and peft's `disable_adapter` set this attribute and no more.
     @property
-    def _disable_adapters(self) -> bool:  # type: ignore[override]
+    def _disable_adapters(self) -> bool:
         return self._off
 
     @_disable_adapters.setter
@@ -179,9 +179,10 @@ class SaraLayer(nn.Module, BaseTunerLayer):
 
     def prefix(self) -> str:
         """Where the layer itself is below `base_layer`, if other kinds lie between: "" or "base_layer."..."""
-        depth, layer = 0, self.base_layer
+        depth = 0
+        layer: Any = self.base_layer
         while isinstance(layer, BaseTunerLayer):
-            depth, layer = depth + 1, layer.base_layer
+            depth, layer = depth + 1, layer.base_layer  # type: ignore[attr-defined]
         return "base_layer." * depth
 
     def parts(self) -> dict[str, torch.Tensor]:

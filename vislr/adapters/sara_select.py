@@ -84,7 +84,7 @@ def select(model: nn.Module, config: Any) -> Selection:
     sites = _sites(model, config, layers)
     _check_tied(model, sites)
     for site in sites:
-        if innermost(layers[site]).weight.is_meta:  # type: ignore[union-attr]
+        if innermost(layers[site]).weight.is_meta:
             raise AdapterError(f"'{site}' is on the meta device: there are no values to select from")
     total = sum(part.numel() for site in sites for part in _own(layers[site]))
     if config.threshold is not None:
