@@ -22,12 +22,12 @@ $(VENV)/.ready: pyproject.toml
 env: $(VENV)/.ready
 
 quickstart: env
-	test -d $(QUICK)/images || $(BIN)/vislr zoo images --style fluent3d --split train --limit 200 --export $(QUICK)/images
-	$(BIN)/vislr train --config train/emoji-unet-convlora.yaml --data.folder $(QUICK)/images --output.folder $(QUICK)/adapter
+	test -d $(QUICK)/images || $(BIN)/vislr zoo images --style outline --split train --limit 200 --export $(QUICK)/images
+	$(BIN)/vislr train --config train/emoji-unet-convlora.yaml --data.folder $(QUICK)/images --output.folder $(QUICK)/adapter --output.overwrite true
 	@echo "look at $(QUICK)/adapter/before_after.png"
 
 test: env
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-slow: env
 	$(BIN)/python -m pytest -m slow
