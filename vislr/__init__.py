@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from vislr.adapters import ConvLoraConfig, FloraConfig, SaraConfig
+    from vislr.adapters import AdaBnConfig, ConvLoraConfig, FloraConfig, SaraConfig, adapt_statistics
     from vislr.anatomy import Anatomy, Site, describe
     from vislr.core.errors import VislrError
     from vislr.core.report import Report
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # Public name -> module that defines it. No name here may be the name of a module.
 _NAMES = {
+    "AdaBnConfig": "vislr.adapters",
     "Anatomy": "vislr.anatomy",
     "ConvLoraConfig": "vislr.adapters",
     "FloraConfig": "vislr.adapters",
@@ -26,6 +27,7 @@ _NAMES = {
     "SaraConfig": "vislr.adapters",
     "Site": "vislr.anatomy",
     "VislrError": "vislr.core.errors",
+    "adapt_statistics": "vislr.adapters",
     "apply": "vislr.recipe",
     "describe": "vislr.anatomy",
     "load": "vislr.recipe",
@@ -39,6 +41,7 @@ _NAMES = {
 _ROOMS = ("adapters", "anatomy", "core", "data", "formats", "kernels", "measure", "recipe", "train", "zoo")
 
 __all__ = [
+    "AdaBnConfig",
     "Anatomy",
     "ConvLoraConfig",
     "FloraConfig",
@@ -46,6 +49,7 @@ __all__ = [
     "SaraConfig",
     "Site",
     "VislrError",
+    "adapt_statistics",
     "apply",
     "describe",
     "load",

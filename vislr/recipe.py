@@ -240,7 +240,11 @@ def load_adapter(
     )
     for parameter in inject.adapter_parameters(module, name).values():
         parameter.requires_grad_(False)
-    inject.set_adapters(module, [*active, name], [*active.values(), weight])
+    try:
+        inject.set_adapters(module, [*active, name], [*active.values(), weight])
+    except VislrError:
+        remove(target, report)
+        raise
     return report
 
 

@@ -1,14 +1,16 @@
-"""Adapters: ConvLoRA, FLoRA and SaRA as peft methods, and one door through which any adapter goes on and off.
+"""Adapters: ConvLoRA, FLoRA, SaRA and AdaBN as peft methods, and one door through which any adapter goes on and off.
 
 Importing this registers them with peft, so `inject_adapter_in_model`, `get_peft_model`, `PeftModel` and
 diffusers' `set_adapters`, `fuse_lora`, `unfuse_lora` and `delete_adapters` know them.
 """
 
-from vislr.adapters import conv_lora, flora, sara
+from vislr.adapters import adabn, conv_lora, flora, sara
+from vislr.adapters.adabn import AdaBnConfig, Adaptation, adapt_statistics
 from vislr.adapters.conv_lora import ConvLoraConfig
 from vislr.adapters.flora import FloraConfig
 from vislr.adapters.inject import adapter_names, adapter_parameters, attach, detach, set_adapters
 from vislr.adapters.sara import SaraConfig
+from vislr.adapters.tucker import TuckerReport, tucker_from_weight
 
 
 def _register() -> None:
@@ -18,6 +20,7 @@ def _register() -> None:
         (conv_lora, ConvLoraConfig, conv_lora.ConvLoraModel),
         (flora, FloraConfig, flora.FloraModel),
         (sara, SaraConfig, sara.SaraModel),
+        (adabn, AdaBnConfig, adabn.AdaBnModel),
     ):
         # peft's own `register_peft_method` refuses types outside of its enum; the mappings do not.
         kind: dict = {"config": config, "tuner": tuner, "prefix": tuner.prefix}
@@ -29,12 +32,17 @@ def _register() -> None:
 _register()
 
 __all__ = [
+    "AdaBnConfig",
+    "Adaptation",
     "ConvLoraConfig",
     "FloraConfig",
     "SaraConfig",
+    "TuckerReport",
+    "adapt_statistics",
     "adapter_names",
     "adapter_parameters",
     "attach",
     "detach",
     "set_adapters",
+    "tucker_from_weight",
 ]

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from peft import PeftConfig
@@ -32,7 +32,7 @@ from vislr.adapters.targets import batch_norms, check_shared, innermost, modules
 from vislr.core.errors import AdapterError
 from vislr.core.registry import Attached
 
-__all__ = ["AdaBnConfig", "AdaBnLayer", "AdaBnModel", "Adaptation", "adapt_statistics", "attach", "detach"]
+__all__ = ["AdaBnConfig", "AdaBnLayer", "AdaBnModel", "Adaptation", "adapt_statistics", "attach"]
 
 PEFT_TYPE = "ADABN"
 
@@ -55,6 +55,8 @@ class AdaBnConfig(PeftConfig):
 
     mode: Literal["exact", "ema"] = "exact"
     sites: list[str] | None = field(default=None)
+    # peft asks every config for its targets; here it is always all of them.
+    target_modules: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,6 +102,10 @@ def attach(module: Any, change: AdaBnConfig, name: str = "default") -> Attached:
     beside = name in inject.adapter_names(module)
     if not beside or name in inject.carriers(module):
         inject.check_name(module, name)
+    own = inject.adapter_layers(module, name) if beside else {}
+    shared = next((site for site in sites if site in own), None)
+    if shared is not None:
+        raise AdapterError(f"adapter '{name}' changes '{shared}' itself; give the statistics a name of their own")
     active = inject.chosen_names(module)
     if name in active:
         check_one_carrier([*(other for other in inject.carriers(module) if other in active), name])
@@ -131,9 +137,6 @@ def _inside(module: nn.Module, path: str) -> nn.Module:
     return module
 
 
-detach = inject.detach
-
-
 class AdaBnModel(DeltaTuner):
     """peft's tuner of AdaBN."""
 
@@ -159,5 +162,6 @@ class AdaBnModel(DeltaTuner):
         layer = next((layer for layer in chain(target) if isinstance(layer, AdaBnLayer)), None)
         if layer is None:
             layer = AdaBnLayer(target)
-            self._replace_module(parent, target_name, layer, target)
+            # peft's own way of replacing asks the layer for a weight, which a norm may lack.
+            setattr(parent, target_name, layer)
         layer.add(adapter_name, self.peft_config[adapter_name])

@@ -61,15 +61,16 @@ class AdaBnLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         self._source: dict[str, torch.Tensor] = {}
-        self.train(base_layer.training)
 
     def add(self, name: str, config: Any) -> None:
         """Give adapter `name` a copy of the source's statistics."""
         source = self.source()
-        self.adabn_statistics[name] = Statistics(self.get_base_layer())
-        self.adabn_statistics[name].mean.copy_(source["running_mean"])  # type: ignore[operator, union-attr]
-        self.adabn_statistics[name].var.copy_(source["running_var"])  # type: ignore[operator, union-attr]
-        self.configs[name] = config
+        statistics = Statistics(self.get_base_layer())
+        statistics.mean.copy_(source["running_mean"])
+        statistics.var.copy_(source["running_var"])
+        self.adabn_statistics[name], self.configs[name] = statistics, config
+        for own in (self, self.adabn_statistics, statistics):
+            own.training = self.base_layer.training
 
     def __getattr__(self, name: str) -> Any:
         if name in _FORWARDED:
@@ -100,8 +101,9 @@ class AdaBnLayer(nn.Module, BaseTunerLayer):
             self.unmerge()
         if self.carried() is None:
             return self.base_layer(x, *args, **kwargs)
-        inside, layer = "", self.base_layer
-        while isinstance(layer, BaseTunerLayer):
+        inside = ""
+        layer: Any = self.base_layer
+        while layer is not self.get_base_layer():
             inside, layer = inside + "base_layer.", layer.base_layer
         buffers = {inside + running: tensor for running, tensor in self._in_use().items()}
         return functional_call(self.base_layer, buffers, (x, *args), kwargs)

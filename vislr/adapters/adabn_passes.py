@@ -9,7 +9,7 @@ measures inputs that no longer occur once the earlier layers have changed.)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,7 +200,7 @@ def _ema(run: _Run, layers: dict[str, _Entry]) -> Adaptation:
 
 
 def _exact(run: _Run, layers: dict[str, _Entry]) -> Adaptation:
-    if iter(run.source) is run.source:
+    if isinstance(run.source, Iterator):
         raise DataError("exact statistics read the images several times; give a list or a DataLoader, no iterator")
     depths, calls = _depths(run, layers)
     for depth in sorted(set(depths.values())):
@@ -247,7 +247,8 @@ def _storages(values: Any) -> list[int]:
 
 def _depths(run: _Run, layers: dict[str, _Entry]) -> tuple[dict[str, int], dict[str, int]]:
     """Depth of every BatchNorm that the forward reaches, and how often it calls it."""
-    tracker, depths, calls = _Depth(), {}, dict.fromkeys(layers, 0)
+    tracker, calls = _Depth(), dict.fromkeys(layers, 0)
+    depths: dict[str, int] = {}
 
     def enter(site: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -318,10 +319,8 @@ def _measure(run: _Run, level: dict[str, _Entry], calls: dict[str, int]) -> dict
     def each(batch: Any) -> None:
         nonlocal seen
         seen = 0
-        try:
+        with suppress(_Enough):
             run.forward(batch)
-        except _Enough:
-            pass
 
     handles = [entry.layer.register_forward_pre_hook(watch(site)) for site, entry in level.items()]
     try:

@@ -13,7 +13,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, inject_adapter_in_model
@@ -22,6 +22,7 @@ from peft.tuners.lycoris_utils import LycorisLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
 from torch import nn
 
+from vislr.adapters.adabn_layer import AdaBnLayer, check_one_carrier
 from vislr.adapters.layer import DeltaLayer
 from vislr.adapters.sara_layer import SaraLayer
 from vislr.adapters.targets import innermost, modules_outside, resolve_peft, resolve_with_notes
@@ -65,7 +66,9 @@ def adapter_names(module: nn.Module) -> list[str]:
 def adapter_weights(module: nn.Module) -> dict[str, float]:
     """Every adapter on the model -> its weight, 1 as trained (read on the first layer that has it)."""
     found: dict[str, float] = {}
-    for _, layer in tuner_layers(module):
+    # Statistics have no weight: of an adapter with a delta too, the delta's is meant.
+    layers = sorted((layer for _, layer in tuner_layers(module)), key=lambda layer: isinstance(layer, AdaBnLayer))
+    for layer in layers:
         for name in layer._get_available_adapters():
             if name not in found:
                 unit = unit_scale(layer, name)
@@ -84,7 +87,7 @@ def _chosen(layers: Iterable[Any]) -> set[str]:
     return {name for layer in layers for name in set(layer.active_adapters) & layer._get_available_adapters()}
 
 
-def _chosen_names(module: nn.Module) -> list[str]:
+def chosen_names(module: nn.Module) -> list[str]:
     """The adapters that would be active if all layers were switched on, in the order they went on."""
     chosen = _chosen(layer for _, layer in tuner_layers(module))
     return [name for name in adapter_names(module) if name in chosen]
@@ -93,6 +96,12 @@ def _chosen_names(module: nn.Module) -> list[str]:
 def merged_adapters(module: nn.Module) -> set[str]:
     """Names of the adapters that are merged into weights (fused) somewhere."""
     return {name for _, layer in tuner_layers(module) for name in layer.merged_adapters}
+
+
+def carriers(module: nn.Module) -> list[str]:
+    """Names of the adapters that carry BatchNorm statistics, in the order in which they went on."""
+    found = {name for _, layer in tuner_layers(module) if isinstance(layer, AdaBnLayer) for name in layer.configs}
+    return [name for name in adapter_names(module) if name in found]
 
 
 def unit_scale(layer: Any, name: str) -> float | None:
@@ -153,8 +162,8 @@ def set_adapters(module: nn.Module, names: str | Sequence[str], weights: Any = N
         weights: one number for all, or one per name; None: 1.
 
     Raises:
-        AdapterError: an unknown name, another number of weights than names, adapters are merged, or a
-            kind that cannot be weighted. Nothing is changed.
+        AdapterError: an unknown name, another number of weights than names, adapters are merged, a kind
+            that cannot be weighted, or two adapters with BatchNorm statistics. Nothing is changed.
     """
     names = [names] if isinstance(names, str) else list(names)
     for name in names:
@@ -169,9 +178,13 @@ def set_adapters(module: nn.Module, names: str | Sequence[str], weights: Any = N
         if not isinstance(weight, (int, float)) or not torch.isfinite(torch.tensor(float(weight))):
             raise AdapterError(f"the weight of '{name}' is {weight!r}; expected a finite number")
     check_unmerged(module)
+    check_one_carrier([name for name in carriers(module) if name in names])
     layers = [layer for _, layer in tuner_layers(module)]
+    deltas = {name for layer in layers if not isinstance(layer, AdaBnLayer) for name in layer._get_available_adapters()}
     for layer in layers:
         for name, weight in zip(names, weights, strict=True):
+            if isinstance(layer, AdaBnLayer) and name in deltas:
+                continue
             if weight != 1 and name in layer._get_available_adapters() and unit_scale(layer, name) is None:
                 raise AdapterError(f"'{name}' is of a kind that has no weight but 1, given {weight}")
     trainable = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
@@ -205,18 +218,17 @@ def attach(module: Any, change: Any, name: str = "default") -> Attached:
         AdapterError: name taken or impossible, rank, layer or base weights do not fit. The model is
             untouched.
     """
-    _check_name(module, name)
+    if isinstance(change, PeftConfig) and _kind(change) == "adabn":
+        from vislr.adapters import adabn  # it stands on this module
+
+        return adabn.attach(module, cast(adabn.AdaBnConfig, change), name)
+    check_name(module, name)
     check_unmerged(module)
     config, sites, notes = _resolved(module, change)
     _check_weights(module, sites)
-    before: _Before | None = getattr(module, _MARK, None)
-    if before is not None:
-        # diffusers and peft can take adapters off too, without telling.
-        before.names = [other for other in before.names if other in adapter_names(module)]
-    if before is None or not before.names:
-        before = _before(module)
+    before = opening(module)
     flags = {key: parameter.requires_grad for key, parameter in _plain_parameters(module)}
-    active = _chosen_names(module)
+    active = chosen_names(module)
     try:
         with warnings.catch_warnings():
             # peft warns that the model has adapters already, which is what several adapters mean.
@@ -236,8 +248,7 @@ def attach(module: Any, change: Any, name: str = "default") -> Attached:
         if isinstance(error, VislrError):
             raise
         raise AdapterError(f"peft refuses this {_kind(config)} adapter: {' '.join(str(error).split())}") from error
-    before.names.append(name)
-    setattr(module, _MARK, before)
+    remember(module, before, name)
     return Attached(
         sites=tuple(sites),
         change={"kind": _kind(config), "config": plain_config(module.peft_config[name])},
@@ -257,22 +268,49 @@ def detach(module: nn.Module, attached: Attached) -> None:
     """
     if not attached.undo or "name" not in attached.undo:
         raise UndoError("this adapter was put on without what is needed to take it off")
-    name = attached.undo["name"]
-    if name not in adapter_names(module):
+    name, part = attached.undo["name"], attached.undo.get("part", "deltas")
+    if not any(name in layer._get_available_adapters() for layer in _layers_of(module, part)):
         raise UndoError(f"adapter '{name}' is not on the model any more")
     if name in merged_adapters(module):
         raise UndoError(f"adapter '{name}' is merged into the weights; unmerge (unfuse_lora) it first")
-    was_active = _chosen_names(module)
-    _take_off(module, name)
+    was_active = chosen_names(module)
+    # Statistics left the flags alone when they went on, and do so when they come off.
+    flags = attached.undo.get("trainable") or {key: p.requires_grad for key, p in _plain_parameters(module)}
+    _take_off(module, name, part)
     before: _Before | None = getattr(module, _MARK, None)
     remaining = adapter_names(module)
     if before is not None:
         before.names = [other for other in before.names if other in remaining]
-    active = [other for other in was_active if other != name]
+    active = [other for other in was_active if other in remaining]
     if not active:
         active = [other for other in attached.undo["active"] if other in remaining]
     last = before if before is not None and not before.names else None
-    _give_back(module, last, active, attached.undo["trainable"] if name in was_active else None)
+    _give_back(module, last, active, flags if name in was_active else None)
+
+
+def opening(module: nn.Module) -> _Before:
+    """What `detach` of the last adapter gives back: the state before the first one went on."""
+    before: _Before | None = getattr(module, _MARK, None)
+    if before is not None:
+        # diffusers and peft can take adapters off too, without telling.
+        before.names = [other for other in before.names if other in adapter_names(module)]
+    return before if before is not None and before.names else _before(module)
+
+
+def remember(module: nn.Module, before: _Before, name: str) -> None:
+    """Note that adapter `name` is on the model."""
+    if name not in before.names:
+        before.names.append(name)
+    setattr(module, _MARK, before)
+
+
+def announce(module: Any, name: str, config: Any) -> None:
+    """Enter an adapter where peft and diffusers look for it; injecting through peft does that by itself."""
+    if not hasattr(module, "peft_config"):
+        module.peft_config = {}
+    module.peft_config[name] = config
+    if _has_flag(module):
+        module._hf_peft_config_loaded = True
 
 
 def _before(module: nn.Module) -> _Before:
@@ -325,7 +363,7 @@ def _check_peft(config: Any) -> None:
         raise AdapterError(f"init_lora_weights='{init}' changes the base weights, which could not be taken back")
 
 
-def _check_name(module: nn.Module, name: str) -> None:
+def check_name(module: nn.Module, name: str) -> None:
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_\-]+", name):
         raise AdapterError(f"an adapter's name is letters, digits, '_' and '-', not {name!r}")
     taken = adapter_names(module)
@@ -346,11 +384,17 @@ def _check_weights(module: nn.Module, sites: Sequence[str]) -> None:
             raise AdapterError(f"the base weight of '{site}' has NaN or infinite values")
 
 
-def _take_off(module: nn.Module, name: str) -> None:
-    """Delete the adapter everywhere and pull out tuner layers that hold none."""
+def _layers_of(module: nn.Module, part: str) -> list[Any]:
+    """Tuner layers of one part of an adapter: "deltas", "statistics", or "all" of it."""
+    statistics = {"deltas": (False,), "statistics": (True,), "all": (False, True)}[part]
+    return [layer for _, layer in tuner_layers(module) if isinstance(layer, AdaBnLayer) in statistics]
+
+
+def _take_off(module: nn.Module, name: str, part: str = "deltas") -> None:
+    """Delete the adapter, or the part of it, everywhere and pull out tuner layers that hold none."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for _, layer in tuner_layers(module):
+        for layer in _layers_of(module, part):
             if name in layer._all_available_adapter_names():
                 layer.delete_adapter(name)
     for path, layer in list(tuner_layers(module))[::-1]:
@@ -359,7 +403,11 @@ def _take_off(module: nn.Module, name: str) -> None:
             setattr(module.get_submodule(parent), child, layer.base_layer)
     configs = getattr(module, "peft_config", None)
     if isinstance(configs, dict):
-        configs.pop(name, None)
+        left = [layer for layer in _layers_of(module, "statistics") if name in layer.configs]
+        if name not in adapter_names(module):
+            configs.pop(name, None)
+        elif left:
+            configs[name] = left[0].configs[name]
 
 
 def _give_back(

@@ -46,6 +46,16 @@ def adaptable(model: nn.Module) -> dict[str, Any]:
     return {name: layer for name, layer in layers.items() if not why_not(layer)}
 
 
+def batch_norms(model: nn.Module) -> dict[str, Any]:
+    """Name -> innermost layer of every BatchNorm that keeps running statistics."""
+    layers = {name: innermost(module) for name, module in modules_outside(model).items()}
+    return {
+        name: layer
+        for name, layer in layers.items()
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None
+    }
+
+
 def backbone(model: nn.Module) -> tuple[list[str], str]:
     """Names of the convs and linears between stem and head without modulation layers, and a note.
 

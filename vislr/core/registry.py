@@ -61,6 +61,8 @@ _KINDS = {
              "Tucker updates of convs and linears (FLoRA)"),
         Kind("sara", "vislr.adapters.sara:SaraConfig", "vislr.adapters.inject", False,
              "sparse tuning in place of the entries nearest to zero (SaRA)"),
+        Kind("adabn", "vislr.adapters.adabn:AdaBnConfig", "vislr.adapters.inject", False,
+             "BatchNorm statistics of a target's images (AdaBN)"),
         Kind("peft", "peft:PeftConfig", "vislr.adapters.inject", False,
              "any adapter config of peft: LoRA, DoRA, LoHa, LoKr, OFT, ..."),
     )

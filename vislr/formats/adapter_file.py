@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -11,10 +12,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from vislr.adapters.adabn_layer import AdaBnLayer
 from vislr.adapters.inject import plain_config
 from vislr.adapters.layer import DeltaLayer, chain
 from vislr.adapters.sara_layer import SaraLayer
-from vislr.adapters.targets import modules_outside
+from vislr.adapters.targets import innermost, modules_outside
 from vislr.core.errors import AdapterError, FormatError, ModelError
 from vislr.core.hashing import content_hash
 
@@ -28,12 +30,13 @@ class AdapterFile:
     """One adapter, read and checked, not yet on a model.
 
     Attributes:
-        kind: "convlora", "flora", "sara", "lora" (DoRA too), "loha", "lokr" or "oft".
-        config: what `attach` takes to make the same layers: a ConvLoraConfig, FloraConfig, SaraConfig or peft config.
+        kind: "convlora", "flora", "sara", "adabn", "lora" (DoRA too), "loha", "lokr" or "oft".
+        config: what `attach` takes to make the same layers: a config of vislr or peft.
         tensors: module path -> suffix of the `vislr` format -> tensor.
         manifest: the header's manifest; of a file without one, what could be read from its keys.
         format: "vislr" or "diffusers".
         notes: what a user should know about the file, a line each.
+        statistics: the AdaBnConfig of BatchNorm statistics that stand beside deltas; None without.
     """
 
     kind: str
@@ -42,6 +45,11 @@ class AdapterFile:
     manifest: dict[str, Any]
     format: str
     notes: tuple[str, ...] = ()
+    statistics: Any = None
+
+    def kind_of(self, site: str) -> str:
+        """The kind of one site: "adabn" where BatchNorm statistics stand beside another kind."""
+        return str(self.manifest["sites"].get(site, self.kind))
 
 
 def base_weights(layers: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -54,7 +62,8 @@ def base_weights(layers: dict[str, Any]) -> dict[str, torch.Tensor]:
     for site, outer in layers.items():
         nest: list[Any] = list(chain(outer))
         ours = [layer for layer in nest if isinstance(layer, DeltaLayer)]
-        known = (DeltaLayer, SaraLayer)
+        # Statistics are no part of a weight.
+        known = (DeltaLayer, SaraLayer, AdaBnLayer)
         others = [layer for layer in nest if isinstance(layer, BaseTunerLayer) and not isinstance(layer, known)]
         weight = ours[-1].original_weight() if ours else nest[-1].weight.data
         if weight is None or any(layer.merged for layer in others):
@@ -66,10 +75,26 @@ def base_weights(layers: dict[str, Any]) -> dict[str, torch.Tensor]:
     return found
 
 
-def base_entry(module: nn.Module, sites: list[str]) -> dict[str, str]:
-    """The manifest's "base": sha256 over names, dtypes, shapes and bytes of the weights touched, and their dtype."""
+def source_statistics(layers: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The BatchNorms' own running means and variances, also while an adapter's are merged into them."""
+    found = {}
+    for site, outer in layers.items():
+        holder = next((layer for layer in chain(outer) if isinstance(layer, AdaBnLayer)), None)
+        norm: Any = innermost(outer)
+        own = {"running_mean": norm.running_mean, "running_var": norm.running_var}
+        found.update({f"{site}.{key}": value for key, value in (holder.source() if holder else own).items()})
+    return found
+
+
+def base_entry(module: nn.Module, sites: Mapping[str, str]) -> dict[str, str]:
+    """The manifest's "base": sha256 over names, dtypes, shapes and bytes of the weights touched, and their dtype.
+
+    Args:
+        sites: site -> kind; of "adabn" the source's statistics count.
+    """
     modules = modules_outside(module)
-    weights = base_weights({site: modules[site] for site in sites})
+    weights = base_weights({site: modules[site] for site, kind in sites.items() if kind != "adabn"})
+    weights |= source_statistics({site: modules[site] for site, kind in sites.items() if kind == "adabn"})
     dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})
     return {"sha256": content_hash(weights), "dtype": ", ".join(dtypes)}
 
@@ -84,7 +109,16 @@ def family_of(module: nn.Module) -> str:
         return ""
 
 
-def make_manifest(module: nn.Module, *, format: str, kind: str, component: str, config: Any, sites: list[str]) -> str:
+def make_manifest(
+    module: nn.Module,
+    *,
+    format: str,
+    kind: str,
+    component: str,
+    config: Any,
+    sites: Mapping[str, str],
+    statistics: Any = None,
+) -> str:
     """The manifest as JSON text, the same bytes for the same adapter."""
     manifest = {
         "schema": SCHEMA,
@@ -94,10 +128,12 @@ def make_manifest(module: nn.Module, *, format: str, kind: str, component: str, 
         "family": family_of(module),
         "architecture": type(module).__name__,
         "config": plain_config(config),
-        "sites": dict.fromkeys(sites, kind),
+        "sites": dict(sites),
         "base": base_entry(module, sites),
         "versions": {name: metadata.version(name) for name in ("vislr", "torch", "peft", "diffusers")},
     }
+    if statistics is not None:
+        manifest["statistics"] = plain_config(statistics)
     return json.dumps(manifest, sort_keys=True)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from torch import nn
 
-from vislr.adapters.inject import adapter_layers, attach, detach
-from vislr.adapters.targets import adaptable, modules_outside
+from vislr.adapters.adabn_layer import check_one_carrier
+from vislr.adapters.inject import active_adapters, adapter_layers, attach, carriers, detach
+from vislr.adapters.targets import adaptable, batch_norms, modules_outside
 from vislr.core.errors import AdapterError, hint
 from vislr.core.registry import Attached
 from vislr.formats.adapter_file import AdapterFile, base_entry, family_of
@@ -23,6 +26,7 @@ def check_base(module: nn.Module, file: AdapterFile, any_base: bool = False) -> 
             was made on.
     """
     layers = modules_outside(module) if file.kind == "sara" else adaptable(module)
+    layers = layers | batch_norms(module) if "adabn" in file.manifest["sites"].values() else layers
     missing = [site for site in file.tensors if site not in layers]
     if missing:
         made_for = file.manifest["architecture"] or "another model"
@@ -36,7 +40,7 @@ def check_base(module: nn.Module, file: AdapterFile, any_base: bool = False) -> 
     wanted = file.manifest["base"].get("sha256")
     if any_base or not wanted:
         return
-    given = base_entry(module, list(file.tensors))
+    given = base_entry(module, {site: file.kind_of(site) for site in file.tensors})
     if given["sha256"] != wanted:
         made_on = file.manifest["base"].get("dtype", "")
         dtypes = f" (made on {made_on}, this is {given['dtype']})" if made_on != given["dtype"] else ""
@@ -60,9 +64,9 @@ def fill(module: nn.Module, name: str, file: AdapterFile) -> None:
         if site not in file.tensors:
             raise AdapterError(f"the file lacks the tensors of '{site}'{hint(site, file.tensors)}")
     for site, layer in layers.items():
-        check_values(layer, name, file.kind, file.tensors[site], site)
+        check_values(layer, name, file.kind_of(site), file.tensors[site], site)
     for site, layer in layers.items():
-        put(layer, name, file.kind, file.tensors[site])
+        put(layer, name, file.kind_of(site), file.tensors[site])
 
 
 def attach_file(module: nn.Module, name: str, file: AdapterFile, any_base: bool = False) -> Attached:
@@ -72,8 +76,20 @@ def attach_file(module: nn.Module, name: str, file: AdapterFile, any_base: bool 
         what `vislr.adapters.detach` takes.
     """
     check_base(module, file, any_base)
+    if "adabn" in file.manifest["sites"].values():
+        active = active_adapters(module)
+        check_one_carrier([*(other for other in carriers(module) if other in active), name])
     attached = attach(module, file.config, name)
     try:
+        if file.statistics is not None:
+            beside = attach(module, file.statistics, name)
+            # One entry in the record: what came from one file comes off together.
+            attached = dataclasses.replace(
+                attached,
+                sites=attached.sites + beside.sites,
+                change={**attached.change, "statistics": beside.change["config"]},
+                undo={**attached.undo, "part": "all"},
+            )
         fill(module, name, file)
     except BaseException:
         detach(module, attached)

@@ -13,6 +13,7 @@ lokr      `lokr_w1` or `lokr_w1_a`, `lokr_w1_b`; `lokr_w2` or `lokr_w2_a`, `lokr
 oft       `oft_blocks` (n, b, b): skew-symmetric, before peft's Cayley transform
 sara      `sara_index` (n,) int32, places in the weight, then the bias; `sara_delta` (n,) float64;
           `sara_shape` of the weight, int64; `sara_kept` (k,) int32, places in `sara_index` still trained
+adabn     `adabn_mean` (C,), `adabn_var` (C,), `adabn_count` () int64, the batches behind them
 ========  =====================================================================================
 
 `alpha` is a float32 scalar: delta = alpha / r times the product (FLoRA: alpha times).
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 
+from vislr.adapters.adabn_layer import AdaBnLayer
 from vislr.adapters.inject import unit_scale
 from vislr.adapters.layer import DeltaLayer
 from vislr.adapters.sara_layer import SaraLayer
@@ -40,6 +42,7 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
     **{kind: (*names, "alpha") for kind, names in _LYCORIS.items()},
     "oft": ("oft_blocks",),
     "sara": ("sara_index", "sara_delta", "sara_shape", "sara_kept"),
+    "adabn": ("adabn_mean", "adabn_var", "adabn_count"),
 }
 
 
@@ -61,7 +64,7 @@ def stored(layer: Any, name: str, kind: str) -> dict[str, torch.Tensor]:
     Raises:
         FormatError: the layer has parts that the kind's suffixes cannot hold.
     """
-    if isinstance(layer, (DeltaLayer, SaraLayer)):
+    if isinstance(layer, (DeltaLayer, SaraLayer, AdaBnLayer)):
         return layer.file_tensors(name)
     if kind == "oft":
         return {"oft_blocks": _blocks(layer.oft_R[name], layer.oft_R[name].weight.detach())}
@@ -89,7 +92,7 @@ def stored(layer: Any, name: str, kind: str) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def put(layer: Any, name: str, kind: str, tensors: dict[str, torch.Tensor]) -> None:
     """Copy values of `stored`'s suffixes and shapes into adapter `name` of one layer."""
-    if isinstance(layer, (DeltaLayer, SaraLayer)):
+    if isinstance(layer, (DeltaLayer, SaraLayer, AdaBnLayer)):
         layer.load_file_tensors(name, tensors)
     elif kind == "oft":
         rotation = layer.oft_R[name]
@@ -126,6 +129,8 @@ def check_values(layer: Any, name: str, kind: str, tensors: dict[str, torch.Tens
         if tensor.shape != expected[suffix].shape:
             given, wanted = tuple(tensor.shape), tuple(expected[suffix].shape)
             raise FormatError(f"'{site}.{suffix}' has shape {given}; this model and config expect {wanted}")
+    if isinstance(layer, AdaBnLayer):
+        layer.check_file_tensors(tensors, site)
     if "alpha" in tensors and not isinstance(layer, DeltaLayer) and tensors["alpha"] != expected["alpha"]:
         raise FormatError(f"'{site}.alpha' is {tensors['alpha']:g}, its config says {expected['alpha']:g}")
 

@@ -20,7 +20,7 @@ from vislr.formats.writing import DIFFUSERS_METADATA
 
 NO_NOTES: tuple[str, ...] = ()
 _COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
-INTEGERS = (".sara_index", ".sara_shape", ".sara_kept")
+INTEGERS = (".sara_index", ".sara_shape", ".sara_kept", ".adabn_count")
 _DIFFUSERS = {".lora_A.weight": "lora_down.weight", ".lora_B.weight": "lora_up.weight", ".alpha": "alpha"}
 
 
@@ -77,26 +77,34 @@ def _read_vislr(path: Path, tensors: dict[str, torch.Tensor], manifest: dict[str
         raise FormatError(f"'{path}' holds a '{kind}' adapter, which this vislr does not know{hint(kind, SUFFIXES)}")
     found: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
-        suffix = next((s for s in SUFFIXES[kind] if key.endswith("." + s)), None)
+        known = (*SUFFIXES[kind], *SUFFIXES["adabn"])
+        suffix = next((s for s in known if key.endswith("." + s)), None)
         site = key.removesuffix(f".{suffix}")
-        if suffix is None or site not in sites:
+        if suffix is None or site not in sites or suffix not in SUFFIXES.get(sites[site], known):
             raise FormatError(f"'{path}': tensor '{key}' belongs to no layer of this {kind} adapter{hint(key, sites)}")
         found.setdefault(site, {})[suffix] = tensor
     for site, other in sites.items():
-        if other != kind:
+        if other not in (kind, "adabn"):
             raise FormatError(f"'{path}': '{site}' is of kind {other!r} in a '{kind}' file")
         if site not in found:
             raise FormatError(f"'{path}' lacks the tensors of '{site}'")
-    config = _config(manifest["config"], kind, list(sites), path)
-    return AdapterFile(kind, config, found, manifest, "vislr")
+    config = _config(manifest["config"], kind, [site for site, other in sites.items() if other == kind], path)
+    norms = [site for site, other in sites.items() if other == "adabn"] if kind != "adabn" else []
+    if bool(norms) != ("statistics" in manifest):
+        raise FormatError(f"'{path}': its manifest and its layers disagree about BatchNorm statistics")
+    if not norms:
+        return AdapterFile(kind, config, found, manifest, "vislr")
+    statistics = _config(manifest["statistics"], "adabn", norms, path)
+    return AdapterFile(kind, config, found, manifest, "vislr", statistics=statistics)
 
 
 def _config(values: dict[str, Any], kind: str, sites: list[str], path: Path) -> Any:
     """The config in a manifest as an object that goes on exactly `sites`."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    if str(values.get("peft_type")).lower() != kind:
-        raise FormatError(f"'{path}': its config is of {values.get('peft_type')!r}, its tensors of '{kind}'")
+    given = values.get("peft_type") if isinstance(values, dict) else values
+    if str(given).lower() != kind:
+        raise FormatError(f"'{path}': its config is of {given!r}, its tensors of '{kind}'")
     cls: Any = PEFT_TYPE_TO_CONFIG_MAPPING[kind.upper()]  # type: ignore[index]
     known = [field.name for field in dataclasses.fields(cls) if field.init]
     for key in values:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from vislr.adapters.adabn_layer import AdaBnLayer
 from vislr.adapters.inject import adapter_layers, plain_config
 from vislr.core.errors import FormatError, hint
 from vislr.core.files import write_tensors
@@ -52,17 +53,21 @@ def write_adapter(
     layers = adapter_layers(module, name)
     config: Any = module.peft_config[name]
     kind = kind_of_config(config)
-    tensors = {site: stored(layer, name, kind) for site, layer in layers.items()}
+    kinds = {site: "adabn" if isinstance(layer, AdaBnLayer) else kind for site, layer in layers.items()}
+    tensors = {site: stored(layer, name, kinds[site]) for site, layer in layers.items()}
+    statistics = None
+    if kind != "adabn":
+        statistics = next((layer.configs[name] for layer in layers.values() if isinstance(layer, AdaBnLayer)), None)
     header = dict(metadata or {})
     if format == "diffusers":
         component = component or ("unet" if "UNet" in type(module).__name__ else "transformer")
-        flat = _diffusers_tensors(tensors, kind, component)
+        flat = _diffusers_tensors(tensors, kind if statistics is None else f"{kind} and adabn", component)
         packed = {f"{component}.{key}": value for key, value in plain_config(config).items()}
         header[DIFFUSERS_METADATA] = json.dumps(packed, indent=2, sort_keys=True)
     else:
         flat = {f"{site}.{suffix}": tensor for site, parts in tensors.items() for suffix, tensor in parts.items()}
     header[MANIFEST] = make_manifest(
-        module, format=format, kind=kind, component=component, config=config, sites=list(layers)
+        module, format=format, kind=kind, component=component, config=config, sites=kinds, statistics=statistics
     )
     write_tensors(path, flat, header)
     return Path(path)
