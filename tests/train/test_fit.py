@@ -213,22 +213,22 @@ def test_checkpoints_are_kept_to_a_limit_and_carry_the_adapter(pictures, tmp_pat
     assert not [path for path in (tmp_path / "checkpoints").iterdir() if path not in kept]
 
 
-def test_a_checkpoint_of_another_run_is_refused(pictures, tmp_path):
+def test_a_checkpoint_of_another_run_is_refused(classes, tmp_path):
     with pytest.raises(Interrupted):
-        train("unet", pictures, tmp_path, stop=lambda step: step == 2)
+        train("vit", classes, tmp_path, stop=lambda step: step == 2)
     with pytest.raises(OutputError, match=r"stopped at step 000002; expected output.resume"):
-        train("unet", pictures, tmp_path)
+        train("vit", classes, tmp_path)
     resume = {"output": OutputConfig(folder=str(tmp_path), checkpoint_every=0, resume=True)}
     with pytest.raises(ConfigError, match=r"cannot resume: steps was 8 and is 9"):
-        train("unet", pictures, tmp_path, steps=9, **resume)
+        train("vit", classes, tmp_path, steps=9, **resume)
     with pytest.raises(ConfigError, match="a step saw 4 pictures and would see 8"):
-        train("unet", pictures, tmp_path, optim=OptimConfig(batch=8, warmup=2, lr=5e-3), **resume)
+        train("vit", classes, tmp_path, optim=OptimConfig(batch=8, warmup=2, lr=5e-3), **resume)
     with pytest.raises(FormatError, match="holds another adapter"):
-        train("unet", pictures, tmp_path, adapter=AdapterSection(r=3), **resume)
+        train("vit", classes, tmp_path, adapter=AdapterSection(r=3), **resume)
     weights = checkpoints_in(tmp_path)[0] / "trainable.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(FormatError, match="damaged"):
-        train("unet", pictures, tmp_path, **resume)
+        train("vit", classes, tmp_path, **resume)
 
 
 def test_changed_pictures_are_noticed_on_resume(classes, tmp_path):
@@ -261,7 +261,7 @@ def test_a_loss_that_is_no_number_ends_the_run(classes, tmp_path):
 
 
 def test_without_held_out_pictures_or_adapter(pictures, tmp_path):
-    target, settings = BUILD["unet"](), config(pictures, tmp_path)
+    target, settings = BUILD["unet"](), config(pictures, tmp_path, steps=3)
     with pytest.raises(AdapterError, match="carries no adapter 'default'"):
         fit(target, "default", settings, ImageFolder.with_captions(pictures))
     vislr.apply(target, settings.adapter.to_change())

@@ -188,17 +188,17 @@ class _Run:
         if examples is None:
             return
         adapter_training(model, False)
-        sums: dict[str, torch.Tensor] = {}
+        names = ["loss", "accuracy"] if examples.source.folder.classes else ["loss"]
+        # Python's floats are double; not every device has doubles.
+        sums = dict.fromkeys(names, 0.0)
         positions = list(range(len(examples)))[self.accelerator.process_index :: self.world]
         batch = self.config.optim.batch
         with self.accelerator.autocast():
             for start in range(0, len(positions), batch):
                 for name, each in self.task.loss(model, examples[positions[start : start + batch]]).items():
-                    sums[name] = sums.get(name, 0) + each.double().sum()
+                    sums[name] += sum(each.tolist())
         adapter_training(model, True)
-        names = ["loss", "accuracy"] if examples.source.folder.classes else ["loss"]
-        zero = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
-        total = self.accelerator.reduce(torch.stack([sums.get(name, zero) for name in names]), "sum")
+        total = self.accelerator.reduce(torch.tensor(list(sums.values()), device=self.accelerator.device), "sum")
         values = dict(zip(names, (total / len(examples)).tolist(), strict=True))
         self.history.add("held_out", self.step, values)
         if self.board is not None:

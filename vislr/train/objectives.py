@@ -71,8 +71,8 @@ def sigmas(u: torch.Tensor, shift: float = 1.0) -> torch.Tensor:
     shift sigma / (1 + (shift - 1) sigma) (eq. 23).
     """
     # u next to 0 or 1 would give an infinite n.
-    sigma = torch.sigmoid(torch.special.ndtri(u.double().clamp(1e-6, 1 - 1e-6)))
-    return (shift * sigma / (1 + (shift - 1) * sigma)).float()
+    sigma = torch.sigmoid(torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
+    return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def flow(predict: Predict, x: torch.Tensor, noise: torch.Tensor, u: torch.Tensor, shift: float = 1.0) -> torch.Tensor:
