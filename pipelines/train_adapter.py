@@ -141,7 +141,7 @@ def _plan(
 
 
 def _summary(folder: Path, result: Any) -> str:
-    lines = [f"{result.steps} steps; {result.seconds:.0f} s of training in this session"]
+    lines = [f"{result.steps} steps; {result.seconds:.0f} s of training since the last start"]
     for name, points in result.history.held_out.items():
         lines.append(f"held-out {name}: {points[0][1]:.4f} before, {points[-1][1]:.4f} after")
     return "\n".join([*lines, f"adapter: {folder / 'adapter.safetensors'}", f"pictures: {folder / 'before_after.png'}"])

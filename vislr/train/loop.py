@@ -41,7 +41,7 @@ class Result:
     Attributes:
         task: the model, its examples and its loss.
         steps: updates made, those before a resume included.
-        seconds: of this session's steps alone, without sampling, evaluating and saving.
+        seconds: of the steps since the last start alone, without sampling, evaluating and saving.
         trainable: number of trained parameters.
         history: curves.
         before, after: pictures of the base and of the trained model; None on other processes than the first.
