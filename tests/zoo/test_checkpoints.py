@@ -1,0 +1,70 @@
+"""The embedded pipeline: small, stock, and it draws what the caption says in the style that it says."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from vislr import zoo
+from vislr.core.errors import ModelError
+from vislr.zoo.vocabulary import check_words
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    loaded = zoo.pipeline("emoji-unet")
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def draw(pipe, caption, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return np.asarray(pipe(caption, num_inference_steps=10, guidance_scale=3.0, generator=rng).images[0]) / 255
+
+
+def test_it_is_small_and_of_stock_classes(pipe):
+    assert zoo.pipeline_names() == ["emoji-unet"]
+    folder = zoo.pipeline_folder("emoji-unet")
+    assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < 12_000_000
+    assert [type(pipe.components[n]).__name__ for n in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")] == [
+        "AutoencoderKL", "CLIPTextModel", "CLIPTokenizer", "UNet2DConditionModel", "DDIMScheduler"
+    ]  # fmt: skip
+    assert sum(p.numel() for p in pipe.unet.parameters()) == 3_906_708
+    assert all(p.dtype == torch.float32 for p in pipe.unet.parameters())
+    assert pipe.tokenizer.model_max_length == 16
+    for picture in zoo.images()[::50]:
+        check_words(pipe.tokenizer, picture.caption)
+
+
+def test_stock_diffusers_draws_the_same_bits(pipe):
+    stock = DiffusionPipeline.from_pretrained(zoo.pipeline_folder("emoji-unet"), dtype=torch.float32)
+    stock.set_progress_bar_config(disable=True)
+    assert np.array_equal(draw(stock, "noto style, a bus"), draw(pipe, "noto style, a bus"))
+
+
+def test_pictures_follow_their_captions(pipe):
+    apple, book = draw(pipe, "noto style, a red apple"), draw(pipe, "noto style, a blue book")
+    face = draw(pipe, "twemoji style, a grinning face")
+    assert apple.shape == (64, 64, 3)
+    centre = (slice(20, 44), slice(20, 44))
+    red, green, blue = (apple[centre][..., i].mean() for i in range(3))
+    assert red > green + 0.2
+    assert red > blue + 0.2
+    assert book[centre][..., 2].mean() > book[centre][..., 0].mean()
+    assert face[centre][..., :2].min(-1).mean() > face[centre][..., 2].mean() + 0.2, "yellow: red and green above blue"
+    assert np.median(face[[0, 0, -1, -1], [0, -1, 0, -1]]) > 0.9, "white ground"
+
+
+def test_the_autoencoder_keeps_concepts_that_it_never_saw(pipe):
+    pictures = zoo.images(style="noto", split="held-out")[::8]
+    x = torch.stack([torch.from_numpy(np.asarray(p.image()).copy()) for p in pictures])
+    x = x.permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        y = pipe.vae.decode(pipe.vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
+    error = ((x - y) / 2).pow(2).flatten(1).mean(1)
+    assert float((-10 * error.log10()).mean()) > 28
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(ModelError, match="emoji-unet"):
+        zoo.pipeline("emoji-net")
