@@ -15,7 +15,7 @@ class Report:
         kind: the kind of change, as registered ("convlora", "layers", ...).
         name: the name that it was applied under.
         component: name of the pipeline's component, or "" for a bare module.
-        sites: full module names of what was touched, in forward order.
+        sites: full module names of what was touched, in the order in which the model holds them.
         parameters: all parameters (before, after).
         trainable: parameters that require a gradient after the change.
         flops: FLOPs of one forward of the component (before, after), 2 per multiply-add.
