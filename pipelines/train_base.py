@@ -223,7 +223,7 @@ def train_unet(out: Path, steps: int, batch: int, seed: int) -> None:
     run.save()
 
 
-def assemble(out: Path, seed: int):
+def assemble(out: Path):
     """The pipeline of the averaged weights, float32."""
     from diffusers import AutoencoderKL, StableDiffusionPipeline
     from transformers import CLIPTokenizer
@@ -243,7 +243,7 @@ def export(out: Path, folder: Path, seed: int) -> None:
     """Write the pipeline in half precision, and a sheet of samples beside the originals into `out`."""
     from PIL import Image
 
-    pipe, step = assemble(out, seed)
+    pipe, step = assemble(out)
     pipe.set_progress_bar_config(disable=True)
     chosen = [p for s in BASE_STYLES for p in images(style=s, split="train")[40::131]]
     sheet = Image.new("RGB", (64 * len(chosen) // 2, 64 * 4), "white")

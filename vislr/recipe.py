@@ -10,7 +10,6 @@ import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from vislr.core.files import atomic_path, read_json, write_json
 from vislr.core.hashing import content_hash
 from vislr.core.registry import Attached
 from vislr.core.report import Report
+from vislr.core.versions import versions_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -248,10 +248,6 @@ def load_adapter(
     return report
 
 
-def _versions() -> dict[str, str]:
-    return {package: metadata.version(package) for package in ("vislr", "torch", "diffusers", "peft", "transformers")}
-
-
 def base_state(module: nn.Module) -> dict[str, Any]:
     """The state dict under the base's own names: without adapters, without `base_layer` in keys."""
     from vislr.adapters import inject
@@ -319,7 +315,7 @@ def save(target: Any, folder: str | os.PathLike) -> Path:
             adapters[name] = {"file": file, "weight": kept[name], "active": name in inject.active_adapters(module)}
         record = {
             "schema": SCHEMA,
-            "versions": _versions(),
+            "versions": versions_of("vislr", "torch", "diffusers", "peft", "transformers"),
             "component": component,
             "class": type(module).__name__,
             "base": content_hash(base_state(module)),

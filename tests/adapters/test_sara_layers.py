@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from layers import CASES as LAYERS
+from layers import make_layer
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -13,20 +15,6 @@ from vislr.adapters import SaraConfig, adapter_parameters, attach, detach, set_a
 from vislr.adapters.sara import SaraLayer
 from vislr.formats import attach_file, read_adapter, write_adapter
 
-CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-VARIANTS = {
-    "plain": {"padding": 1},
-    "stride": {"stride": 2, "padding": 1},
-    "dilation": {"dilation": 2, "padding": 2},
-    "groups": {"groups": 2, "padding": 1},
-    "depthwise": {"groups": 6, "padding": 1},
-    "non-square": {"kernel_size": (3, 1, 2), "padding": (1, 0, 1), "stride": (1, 2, 1)},
-    "same": {"padding": "same", "kernel_size": 4},
-    "reflect": {"padding": 1, "padding_mode": "reflect"},
-    "replicate": {"padding": 1, "padding_mode": "replicate", "groups": 2},
-    "circular": {"padding": 1, "padding_mode": "circular", "stride": 2},
-    "no-bias": {"in_channels": 4, "bias": False},
-}
 # (layer, input) of layers that are neither linear nor conv.
 OTHERS = {
     "layernorm": (lambda: nn.LayerNorm(6), (2, 5, 6)),
@@ -36,7 +24,7 @@ OTHERS = {
     "transposed": (lambda: nn.ConvTranspose2d(6, 4, 3, stride=2), (2, 6, 4, 3)),
     "channels-last": (lambda: nn.Conv2d(6, 12, 3, padding=1).to(memory_format=torch.channels_last), (2, 6, 5, 4)),
 }
-CASES = ["linear", *OTHERS] + [f"conv{dims}d-{variant}" for dims in CONV for variant in VARIANTS]
+CASES = [*LAYERS, *OTHERS]
 every = pytest.mark.parametrize("case", CASES)
 HALF = SaraConfig(fraction=0.5, rank_weight=0.0)
 THIRD = SaraConfig(fraction=0.3, rank_weight=0.0)
@@ -50,14 +38,8 @@ def build(case, dtype=torch.float32):
         with torch.no_grad():
             for parameter in layer.parameters():
                 parameter.copy_(torch.randn_like(parameter))
-    elif case == "linear":
-        layer, x = nn.Linear(6, 9), torch.randn(2, 5, 6)
     else:
-        dims, variant = int(case[4]), case.split("-", 1)[1]
-        options = {"in_channels": 6, "out_channels": 12, "kernel_size": 3} | VARIANTS[variant]
-        options = {k: v[:dims] if isinstance(v, tuple) else v for k, v in options.items()}
-        layer = CONV[dims](**options)
-        x = torch.randn(2, options["in_channels"], *(7, 6, 5)[:dims])
+        layer, x = make_layer(case)
     return nn.ModuleDict({"layer": layer}).to(dtype).eval(), x.to(dtype)
 
 

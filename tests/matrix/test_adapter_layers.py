@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from layers import CASES, CONV, make_layer
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
@@ -17,23 +18,6 @@ from vislr.adapters.geometry import cut, geometry_of, glue
 from vislr.core.errors import AdapterError
 from vislr.formats import attach_file, read_adapter, write_adapter
 
-CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-VARIANTS = {
-    "plain": {"padding": 1},
-    "stride": {"stride": 2, "padding": 1},
-    "dilation": {"dilation": 2, "padding": 2},
-    "groups": {"groups": 2, "padding": 1},
-    "depthwise": {"groups": 6, "padding": 1},
-    "pointwise": {"kernel_size": 1},
-    "non-square": {"kernel_size": (3, 1, 2), "padding": (1, 0, 1), "stride": (1, 2, 1)},
-    "same": {"padding": "same", "kernel_size": 4},
-    "reflect": {"padding": 1, "padding_mode": "reflect"},
-    "same-reflect": {"padding": "same", "kernel_size": 4, "padding_mode": "reflect"},
-    "replicate": {"padding": 1, "padding_mode": "replicate", "groups": 2},
-    "circular": {"padding": 1, "padding_mode": "circular", "stride": 2},
-    "odd-channels": {"in_channels": 4, "bias": False},  # 3 does not divide 4: no chain for ConvLoRA
-}
-CASES = ["linear"] + [f"conv{dims}d-{variant}" for dims in CONV for variant in VARIANTS]
 KINDS = {"convlora": ConvLoraConfig(r=2, alpha=3, target_modules=["layer"]),
          "flora": FloraConfig(ranks=0.5, scale=1.5, target_modules=["layer"])}  # fmt: skip
 LORA = LoraConfig(r=2, lora_alpha=3, target_modules=["layer"])
@@ -46,14 +30,7 @@ every = pytest.mark.parametrize("case", CASES)
 def build(case: str, dtype=torch.float32):
     """A net of one layer, and an input."""
     torch.manual_seed(1)
-    if case == "linear":
-        layer, x = nn.Linear(6, 9), torch.randn(2, 5, 6)
-    else:
-        dims, variant = int(case[4]), case.split("-", 1)[1]
-        options = {"in_channels": 6, "out_channels": 12, "kernel_size": 3} | VARIANTS[variant]
-        options = {k: v[:dims] if isinstance(v, tuple) else v for k, v in options.items()}
-        layer = CONV[dims](**options)
-        x = torch.randn(2, options["in_channels"], *(7, 6, 5)[:dims])
+    layer, x = make_layer(case)
     return nn.ModuleDict({"layer": layer}).to(dtype).eval(), x.to(dtype)
 
 

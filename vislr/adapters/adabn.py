@@ -143,25 +143,12 @@ class AdaBnModel(DeltaTuner):
     prefix: str = "adabn_"
     tuner_layer_cls = AdaBnLayer  # type: ignore[assignment]
 
-    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        name = next(name for name, config in self.peft_config.items() if config is peft_config)
-        sites = _sites(model)
-        self.peft_config[name] = AdaBnConfig(mode=peft_config.mode, sites=sites)
-        self._sites = frozenset(sites)
+    def _resolve(self, model: nn.Module, config: Any) -> list[str]:
+        return _sites(model)
 
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        layer = next((layer for layer in chain(target) if isinstance(layer, AdaBnLayer)), None)
+    def _place(self, layer: Any, name: str, site: str, parent: nn.Module, attribute: str, target: nn.Module) -> None:
         if layer is None:
             layer = AdaBnLayer(target)
             # peft's own way of replacing asks the layer for a weight, which a norm may lack.
-            setattr(parent, target_name, layer)
-        layer.add(adapter_name, self.peft_config[adapter_name])
+            setattr(parent, attribute, layer)
+        layer.add(name, self.peft_config[name])

@@ -322,11 +322,15 @@ class DeltaTuner(BaseTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         resolved = copy.copy(peft_config)
-        resolved.sites = resolve(model, peft_config)
+        resolved.sites = self._resolve(model, peft_config)
         # The user's own config object stays as written; peft reads this one from now on.
         name = next(name for name, config in self.peft_config.items() if config is peft_config)
         self.peft_config[name] = resolved
         self._sites = frozenset(resolved.sites)
+
+    def _resolve(self, model: nn.Module, config: Any) -> list[str]:
+        """The sites that this config touches."""
+        return resolve(model, config)
 
     # peft has a static method here and calls it on the instance.
     def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
@@ -342,8 +346,13 @@ class DeltaTuner(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        for layer in chain(target):
-            if isinstance(layer, self.tuner_layer_cls):
-                layer.add(adapter_name, peft_config)
-                return
-        self._replace_module(parent, target_name, self.tuner_layer_cls(target, adapter_name, peft_config), target)
+        layer = next((layer for layer in chain(target) if isinstance(layer, self.tuner_layer_cls)), None)
+        self._place(layer, adapter_name, current_key, parent, target_name, target)
+
+    def _place(self, layer: Any, name: str, site: str, parent: nn.Module, attribute: str, target: nn.Module) -> None:
+        """Add adapter `name` to the layer of this kind that is at `site`, or put a new one in the place of `target`."""
+        config = self.peft_config[name]
+        if layer is None:
+            self._replace_module(parent, attribute, self.tuner_layer_cls(target, name, config), target)
+        else:
+            layer.add(name, config)

@@ -20,7 +20,7 @@ import torch
 from peft import PeftConfig
 from torch import nn
 
-from vislr.adapters.layer import DeltaTuner, chain
+from vislr.adapters.layer import DeltaTuner
 from vislr.adapters.sara_layer import SaraLayer
 from vislr.adapters.sara_select import Selection, select
 from vislr.adapters.sara_steps import polar, reselect, suggested_lr
@@ -98,29 +98,14 @@ class SaraModel(DeltaTuner):
     prefix: str = "sara_"
     tuner_layer_cls = SaraLayer  # type: ignore[assignment]
 
-    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        selection = peft_config.resolve(model)
-        resolved = copy.copy(peft_config)
-        resolved.sites = list(selection.index)
-        name = next(name for name, config in self.peft_config.items() if config is peft_config)
-        self.peft_config[name] = resolved
-        self._selection = selection
-        self._sites = frozenset(selection.index)
+    def _resolve(self, model: nn.Module, config: Any) -> list[str]:
+        self._selection = config.resolve(model)
+        return list(self._selection.index)
 
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        effective = copy.copy(peft_config)
+    def _place(self, layer: Any, name: str, site: str, parent: nn.Module, attribute: str, target: nn.Module) -> None:
+        effective: Any = copy.copy(self.peft_config[name])
         effective.threshold = self._selection.threshold
-        layer = next((layer for layer in chain(target) if isinstance(layer, SaraLayer)), None)
         if layer is None:
-            layer = SaraLayer(target, adapter_name)
-            self._replace_module(parent, target_name, layer, target)
-        layer.add(adapter_name, self._selection.index[current_key], effective)
+            layer = SaraLayer(target, name)
+            self._replace_module(parent, attribute, layer, target)
+        layer.add(name, self._selection.index[site], effective)

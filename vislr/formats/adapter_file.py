@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from vislr.adapters.sara_layer import SaraLayer
 from vislr.adapters.targets import innermost, modules_outside
 from vislr.core.errors import AdapterError, FormatError, ModelError
 from vislr.core.hashing import content_hash
+from vislr.core.versions import versions_of
 
 SCHEMA = 1
 MANIFEST = "vislr.manifest"
@@ -130,7 +130,7 @@ def make_manifest(
         "config": plain_config(config),
         "sites": dict(sites),
         "base": base_entry(module, sites),
-        "versions": {name: metadata.version(name) for name in ("vislr", "torch", "peft", "diffusers")},
+        "versions": versions_of("vislr", "torch", "peft", "diffusers"),
     }
     if statistics is not None:
         manifest["statistics"] = plain_config(statistics)

@@ -13,12 +13,12 @@ import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vislr.core.errors import ConfigError, DataError, OutputError
 from vislr.core.files import atomic_path, read_json, write_json
+from vislr.core.versions import versions_of
 from vislr.measure.measurement import Measurement
 
 if TYPE_CHECKING:
@@ -94,13 +94,7 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the installed libraries that figures depend on."""
-    found = {"python": platform.python_version()}
-    for library in LIBRARIES:
-        try:
-            found[library] = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return {"python": platform.python_version(), **versions_of(*LIBRARIES)}
 
 
 def commit() -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from vislr.core.errors import OutputError
 from vislr.core.files import atomic_path, write_json, write_text
 from vislr.core.report import Report
+from vislr.core.versions import versions_of
 from vislr.data import ImageFolder
 from vislr.train.checkpoints import checkpoints_in
 from vislr.train.classifiers import is_classifier
@@ -101,7 +101,7 @@ def write_result(
             "hash": train.fingerprint(),
         },
         "recipe": recipe,
-        "versions": {name: metadata.version(name) for name in ("torch", "diffusers", "peft", "accelerate", "timm")},
+        "versions": versions_of("torch", "diffusers", "peft", "accelerate", "timm"),
     }
     write_text(folder / "README.md", _card(config, train, held_out, result, curve))
     write_json(folder / REPORT, report)
