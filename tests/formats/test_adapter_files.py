@@ -428,7 +428,7 @@ def test_a_config_cannot_choose_other_layers_or_an_init(tmp_path):
 def test_truncated_files(size, file):
     data = file.read_bytes()
     file.write_bytes(data[:size])
-    with pytest.raises(FormatError, match="no safetensors file, or is cut short"):
+    with pytest.raises(FormatError, match="is no safetensors file|cut short"):
         read_adapter(file)
 
 

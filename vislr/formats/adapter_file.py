@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,12 +16,11 @@ from vislr.adapters.inject import plain_config
 from vislr.adapters.layer import DeltaLayer, chain
 from vislr.adapters.sara_layer import SaraLayer
 from vislr.adapters.targets import innermost, modules_outside
-from vislr.core.errors import AdapterError, FormatError, ModelError
+from vislr.core.errors import AdapterError, ModelError
 from vislr.core.hashing import content_hash
 from vislr.core.versions import versions_of
+from vislr.formats.manifest import SCHEMA
 
-SCHEMA = 1
-MANIFEST = "vislr.manifest"
 FORMATS = ("vislr", "diffusers")
 
 
@@ -37,6 +36,7 @@ class AdapterFile:
         format: "vislr" or "diffusers".
         notes: what a user should know about the file, a line each.
         statistics: the AdaBnConfig of BatchNorm statistics that stand beside deltas; None without.
+        aux: tensors of a head that belongs to the adapter's training; never attached.
     """
 
     kind: str
@@ -46,6 +46,7 @@ class AdapterFile:
     format: str
     notes: tuple[str, ...] = ()
     statistics: Any = None
+    aux: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def kind_of(self, site: str) -> str:
         """The kind of one site: "adabn" where BatchNorm statistics stand beside another kind."""
@@ -132,29 +133,10 @@ def make_manifest(
         "base": base_entry(module, sites),
         "versions": versions_of("vislr", "torch", "peft", "diffusers"),
     }
+    if kind == "convlora":
+        # Its factors alone do not tell a kernel's axes from channels.
+        modules = modules_outside(module)
+        manifest["shapes"] = {site: list(innermost(modules[site]).weight.shape) for site in sites}  # type: ignore[union-attr,arg-type]
     if statistics is not None:
         manifest["statistics"] = plain_config(statistics)
     return json.dumps(manifest, sort_keys=True)
-
-
-def read_manifest(text: str, path: Any) -> dict[str, Any]:
-    """Parse and check a manifest.
-
-    Raises:
-        FormatError: not JSON, an unknown schema version, or a field is missing or of the wrong type.
-    """
-    try:
-        manifest = json.loads(text)
-    except ValueError as error:
-        raise FormatError(f"'{path}': its {MANIFEST} is no JSON: {error}") from error
-    if not isinstance(manifest, dict):
-        raise FormatError(f"'{path}': its {MANIFEST} is a {type(manifest).__name__}, expected an object")
-    if manifest.get("schema") != SCHEMA:
-        raise FormatError(f"'{path}' has schema version {manifest.get('schema')!r}; this vislr knows {SCHEMA}")
-    for key, kind in (("format", str), ("kind", str), ("component", str), ("family", str), ("architecture", str),
-                      ("config", dict), ("sites", dict), ("base", dict)):  # fmt: skip
-        if not isinstance(manifest.get(key), kind):
-            raise FormatError(
-                f"'{path}': '{key}' of its {MANIFEST} is {manifest.get(key)!r}, expected a {kind.__name__}"
-            )
-    return manifest

@@ -14,6 +14,7 @@ oft       `oft_blocks` (n, b, b): skew-symmetric, before peft's Cayley transform
 sara      `sara_index` (n,) int32, places in the weight, then the bias; `sara_delta` (n,) float64;
           `sara_shape` of the weight, int64; `sara_kept` (k,) int32, places in `sara_index` still trained
 adabn     `adabn_mean` (C,), `adabn_var` (C,), `adabn_count` () int64, the batches behind them
+imported  what came from a file of another tool: the suffixes of `vislr.formats.canonical`
 ========  =====================================================================================
 
 `alpha` is a float32 scalar: delta = alpha / r times the product (FLoRA: alpha times).
@@ -30,6 +31,8 @@ from vislr.adapters.inject import unit_scale
 from vislr.adapters.layer import DeltaLayer
 from vislr.adapters.sara_layer import SaraLayer
 from vislr.core.errors import FormatError, hint
+from vislr.formats import canonical
+from vislr.formats.imported import ATTACHED_KINDS
 
 _LYCORIS = {
     "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
@@ -43,6 +46,7 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
     "oft": ("oft_blocks",),
     "sara": ("sara_index", "sara_delta", "sara_shape", "sara_kept"),
     "adabn": ("adabn_mean", "adabn_var", "adabn_count"),
+    "imported": tuple(dict.fromkeys(suffix for kind in ATTACHED_KINDS for suffix in canonical.KINDS[kind])),
 }
 
 

@@ -14,9 +14,10 @@ import torch
 
 from vislr.adapters.inject import exactly
 from vislr.core.errors import FormatError, VislrError, hint
-from vislr.formats.adapter_file import MANIFEST, AdapterFile, read_manifest
+from vislr.formats.adapter_file import AdapterFile
+from vislr.formats.container import check_finite, read_header, read_tensors, shown
 from vislr.formats.kinds import SUFFIXES
-from vislr.formats.writing import DIFFUSERS_METADATA
+from vislr.formats.manifest import AUX, CANONICAL_SCHEMA, DIFFUSERS_METADATA, MANIFEST, read_manifest
 
 NO_NOTES: tuple[str, ...] = ()
 _COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -32,17 +33,18 @@ def read_adapter(path: str | os.PathLike) -> AdapterFile:
             kind has or that is not finite, or a config that does not fit; names the key.
     """
     path = Path(path)
-    tensors, header = _open(path)
+    opened = read_header(path)
+    tensors, header = read_tensors(path, opened), opened.metadata
     if not tensors:
         raise FormatError(f"'{path}' holds no tensors")
     for key, tensor in tensors.items():
-        if key.endswith(INTEGERS) and not tensor.is_floating_point():
-            continue
-        if not tensor.is_floating_point():
-            raise FormatError(f"'{path}': '{key}' is {tensor.dtype}, expected floating point")
-        if not torch.isfinite(tensor).all():
-            raise FormatError(f"'{path}': '{key}' has NaN or infinite values")
+        whole = key.endswith(INTEGERS) or key.startswith(AUX)
+        if not tensor.is_floating_point() and not whole:
+            raise FormatError(f"'{path}': '{shown(key)}' is {tensor.dtype}, expected floating point")
+    check_finite(tensors, path)
     manifest = read_manifest(header[MANIFEST], path) if MANIFEST in header else None
+    if manifest is not None and manifest["schema"] == CANONICAL_SCHEMA:
+        raise FormatError(f"'{path}' holds an adapter in canonical form; `read_canonical` reads it")
     if manifest is not None and manifest["format"] == "vislr":
         return _read_vislr(path, tensors, manifest)
     if (manifest is not None and manifest["format"] == "diffusers") or any(
@@ -57,26 +59,15 @@ def read_adapter(path: str | os.PathLike) -> AdapterFile:
     )
 
 
-def _open(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        near = [file.name for file in path.parent.glob("*.safetensors")] if path.parent.is_dir() else []
-        raise FormatError(f"there is no file '{path}'{hint(path.name, near)}")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            # Clones: the file may be replaced while its values are in use.
-            return {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise FormatError(f"'{path}' is no safetensors file, or is cut short: {error}") from error
-
-
 def _read_vislr(path: Path, tensors: dict[str, torch.Tensor], manifest: dict[str, Any]) -> AdapterFile:
     kind, sites = manifest["kind"], manifest["sites"]
     if kind not in SUFFIXES:
         raise FormatError(f"'{path}' holds a '{kind}' adapter, which this vislr does not know{hint(kind, SUFFIXES)}")
     found: dict[str, dict[str, torch.Tensor]] = {}
+    aux = {key.removeprefix(AUX): tensor for key, tensor in tensors.items() if key.startswith(AUX)}
     for key, tensor in tensors.items():
+        if key.startswith(AUX):
+            continue
         known = (*SUFFIXES[kind], *SUFFIXES["adabn"])
         suffix = next((s for s in known if key.endswith("." + s)), None)
         site = key.removesuffix(f".{suffix}")
@@ -93,9 +84,9 @@ def _read_vislr(path: Path, tensors: dict[str, torch.Tensor], manifest: dict[str
     if bool(norms) != ("statistics" in manifest):
         raise FormatError(f"'{path}': its manifest and its layers disagree about BatchNorm statistics")
     if not norms:
-        return AdapterFile(kind, config, found, manifest, "vislr")
+        return AdapterFile(kind, config, found, manifest, "vislr", aux=aux)
     statistics = _config(manifest["statistics"], "adabn", norms, path)
-    return AdapterFile(kind, config, found, manifest, "vislr", statistics=statistics)
+    return AdapterFile(kind, config, found, manifest, "vislr", statistics=statistics, aux=aux)
 
 
 def _config(values: dict[str, Any], kind: str, sites: list[str], path: Path) -> Any:

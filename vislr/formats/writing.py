@@ -14,10 +14,9 @@ from vislr.adapters.adabn_layer import AdaBnLayer
 from vislr.adapters.inject import adapter_layers, plain_config
 from vislr.core.errors import FormatError, hint
 from vislr.core.files import write_tensors
-from vislr.formats.adapter_file import FORMATS, MANIFEST, make_manifest
+from vislr.formats.adapter_file import FORMATS, make_manifest
 from vislr.formats.kinds import kind_of_config, stored
-
-DIFFUSERS_METADATA = "lora_adapter_metadata"
+from vislr.formats.manifest import AUX, DIFFUSERS_METADATA, MANIFEST
 
 
 def write_adapter(
@@ -27,6 +26,7 @@ def write_adapter(
     format: str = "vislr",
     component: str = "",
     metadata: Mapping[str, str] | None = None,
+    aux: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write adapter `name`; the file is the same whether the adapter is merged or not.
 
@@ -37,6 +37,8 @@ def write_adapter(
         component: the module's name in its pipeline ("unet", "transformer"); "": of `diffusers` files,
             "unet" for a UNet, else "transformer".
         metadata: further entries of the header, text to text.
+        aux: tensors of a head that belongs to the adapter's training and is not attached on load; stored as
+            `aux.<name>`, in format "vislr" alone.
 
     Raises:
         AdapterError: no such adapter, or a foreign adapter is merged into its layers.
@@ -60,12 +62,15 @@ def write_adapter(
         statistics = next((layer.configs[name] for layer in layers.values() if isinstance(layer, AdaBnLayer)), None)
     header = dict(metadata or {})
     if format == "diffusers":
+        if aux:
+            raise FormatError("format 'diffusers' holds no auxiliary head; use format 'vislr'")
         component = component or ("unet" if "UNet" in type(module).__name__ else "transformer")
         flat = _diffusers_tensors(tensors, kind if statistics is None else f"{kind} and adabn", component)
         packed = {f"{component}.{key}": value for key, value in plain_config(config).items()}
         header[DIFFUSERS_METADATA] = json.dumps(packed, indent=2, sort_keys=True)
     else:
         flat = {f"{site}.{suffix}": tensor for site, parts in tensors.items() for suffix, tensor in parts.items()}
+        flat |= {f"{AUX}{key}": tensor for key, tensor in (aux or {}).items()}
     header[MANIFEST] = make_manifest(
         module, format=format, kind=kind, component=component, config=config, sites=kinds, statistics=statistics
     )
