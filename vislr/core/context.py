@@ -8,7 +8,8 @@ caches, composition) read it and keep no step counters of their own: a Python co
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,24 +31,54 @@ class StepContext:
     """State of one call of a denoiser.
 
     Attributes:
-        timestep: the timestep as the denoiser got it, a tensor; never `.item()`.
+        timestep: the timestep as the denoiser got it, a tensor; never `.item()` inside of the model.
         phase: set by a schedule before the call; FULL unless one says otherwise.
         adapter_ids: per sample, which adapter applies: (batch,) int64, or None.
         schedule: optional callable `(timestep) -> Phase`, asked once a call, outside of graphs.
+        schedules: by owner ("tokens", "cache"), where several changes have schedules of their own:
+            `(timestep) -> phase` with any few-valued phase, asked once a call, outside of graphs.
+        phases: by owner, what its schedule said last.
+        owners: who uses the context; the hook goes with the last one.
     """
 
     timestep: torch.Tensor | None = None
     phase: Phase = Phase.FULL
     adapter_ids: torch.Tensor | None = None
     schedule: Any = None
+    schedules: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
+    phases: dict[str, Any] = field(default_factory=dict)
+    owners: set[str] = field(default_factory=set)
 
     def reset(self) -> None:
-        """Forget the last call; the schedule stays."""
+        """Forget the last call; schedules and owners stay."""
         self.timestep, self.phase, self.adapter_ids = None, Phase.FULL, None
+        self.phases.clear()
+
+    def enter(self, timestep: torch.Tensor | None) -> None:
+        """A call begins: note its timestep and ask the schedules."""
+        adapter_ids, phases = self.adapter_ids, dict(self.phases)
+        self.reset()
+        self.timestep, self.adapter_ids = timestep, adapter_ids
+        if timestep is not None and timestep.is_meta:
+            # A counted forward has no values to ask about: phases stay what they were set to.
+            self.phases.update(phases)
+            return
+        if self.schedule is not None:
+            self.phase = self.schedule(timestep)
+        for owner, schedule in self.schedules.items():
+            self.phases[owner] = schedule(timestep)
 
 
-def step_context(denoiser: nn.Module) -> StepContext:
-    """The context of this denoiser; the first call puts the one hook on it."""
+def step_context(denoiser: nn.Module, owner: str | None = None) -> StepContext:
+    """The context of this denoiser; the first call puts the one hook on it.
+
+    The context is filled in a forward pre-hook that `torch.compile` does not trace: schedules may read
+    values there, and a compiled model has one graph for each phase, without breaks.
+
+    Args:
+        denoiser: the model that runs at every step.
+        owner: noted as a user of the context, for `remove_step_context`.
+    """
     import torch
     from diffusers.hooks import HookRegistry, ModelHook
 
@@ -55,17 +86,33 @@ def step_context(denoiser: nn.Module) -> StepContext:
         def __init__(self) -> None:
             super().__init__()
             self.context = StepContext()
+            self.handle: Any = None
 
-        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
-            timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
-            if timestep is not None and not torch.is_tensor(timestep):
-                timestep = torch.tensor(timestep)
-            adapter_ids = self.context.adapter_ids
-            self.context.reset()
-            self.context.timestep, self.context.adapter_ids = timestep, adapter_ids
-            if self.context.schedule is not None:
-                self.context.phase = self.context.schedule(timestep)
-            return args, kwargs
+        def initialize_hook(self, module: nn.Module) -> nn.Module:
+            context = self.context
+
+            @torch.compiler.disable
+            def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+                timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+                if timestep is not None and not torch.is_tensor(timestep):
+                    timestep = torch.tensor(timestep)
+                context.enter(timestep)
+
+            self.handle = module.register_forward_pre_hook(enter, with_kwargs=True)
+            return module
+
+        def deinitalize_hook(self, module: nn.Module) -> nn.Module:
+            self.handle.remove()
+            return module
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+            # The handle belongs to the original's module; a copy is put on anew.
+            import copy
+
+            twin = StepContextHook()
+            memo[id(self)] = twin
+            twin.context = copy.deepcopy(self.context, memo)
+            return twin
 
         def reset_state(self, module: nn.Module) -> nn.Module:
             self.context.reset()
@@ -76,13 +123,28 @@ def step_context(denoiser: nn.Module) -> StepContext:
     if hook is None:
         hook = StepContextHook()
         registry.register_hook(hook, HOOK_NAME)
+    if owner is not None:
+        hook.context.owners.add(owner)
     return hook.context
 
 
-def remove_step_context(denoiser: nn.Module) -> None:
-    """Take the hook off; the denoiser's forward is what it was."""
+def remove_step_context(denoiser: nn.Module, owner: str | None = None) -> None:
+    """Take the hook off; the denoiser's forward is what it was.
+
+    Args:
+        denoiser: the model.
+        owner: leaves the context; the hook stays for other owners. None: the hook goes in any case.
+    """
     from diffusers.hooks import HookRegistry
 
     registry = HookRegistry.check_if_exists_or_initialize(denoiser)
-    if registry.get_hook(HOOK_NAME) is not None:
-        registry.remove_hook(HOOK_NAME, recurse=False)
+    hook: Any = registry.get_hook(HOOK_NAME)
+    if hook is None:
+        return
+    if owner is not None:
+        hook.context.owners.discard(owner)
+        hook.context.schedules.pop(owner, None)
+        hook.context.phases.pop(owner, None)
+        if hook.context.owners:
+            return
+    registry.remove_hook(HOOK_NAME, recurse=False)

@@ -44,12 +44,15 @@ class Attached:
         change: the change with everything resolved, as plain JSON data.
         undo: whatever `detach` needs; None if the change cannot be taken back.
         notes: lines for the report.
+        flops: FLOPs of one forward before and after, on average over a run, where one forward on meta
+            does not say it (changes with phases); None: count one.
     """
 
     sites: tuple[str, ...]
     change: dict[str, Any]
     undo: Any = None
     notes: tuple[str, ...] = field(default=())
+    flops: tuple[int, int] | None = None
 
 
 _KINDS = {
@@ -63,8 +66,14 @@ _KINDS = {
              "sparse tuning in place of the entries nearest to zero (SaRA)"),
         Kind("adabn", "vislr.adapters.adabn:AdaBnConfig", "vislr.adapters.inject", False,
              "BatchNorm statistics of a target's images (AdaBN)"),
+        Kind("tokens", "vislr.tokens.plan:TokenPlan", "vislr.tokens.handler", False,
+             "fewer tokens between places in a backbone (AT-EDM, ToMe)"),
+        Kind("file", "vislr.formats.live:FileChange", "vislr.formats.live", False,
+             "an adapter out of a file of another tool"),
         Kind("peft", "peft:PeftConfig", "vislr.adapters.inject", False,
              "any adapter config of peft: LoRA, DoRA, LoHa, LoKr, OFT, ..."),
+        Kind("layers", "vislr.prune.plan:LayerPlan", "vislr.prune.removal", True,
+             "removal of residual units (LAPTOP-Diff, HierarchicalPrune)"),
     )
 }  # fmt: skip
 

@@ -39,6 +39,14 @@ class Report:
         """Plain data for JSON."""
         return dataclasses.asdict(self)
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Report:
+        """The inverse of `to_dict`, also after JSON made lists of its tuples."""
+        tuples = {
+            key: tuple(data[key]) for key in ("sites", "parameters", "flops", "notes") if data.get(key) is not None
+        }
+        return cls(**(data | tuples))
+
     def __str__(self) -> str:
         where = f" on {self.component}" if self.component else ""
         before, after = self.parameters
