@@ -1,0 +1,271 @@
+"""Folders: a pipeline or model as an ordinary diffusers folder and `vislr.json`, and back.
+
+=====================  =========================================================================
+what                   where
+=====================  =========================================================================
+structural plans       `config.json` of the component, key `vislr`; they come with `from_pretrained`
+run-time plans         `vislr.json`, key `plans`; put back by `load`
+unmerged adapters      `adapters/NAME.safetensors`; put back by `load`
+the record             `vislr.json`, key `steps`: every change and its report, in order
+=====================  =========================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vislr import models
+from vislr.core.errors import FormatError, ModelError, OutputError, VislrError, hint
+from vislr.core.files import atomic_path, read_json, write_json
+from vislr.core.hashing import content_hash
+from vislr.core.report import Report
+from vislr.core.versions import versions_of
+from vislr.recipe import base_state, load_adapter
+from vislr.record import (
+    apply,
+    component_of,
+    entries_of,
+    measurements_of,
+    modules_of,
+    note_measurement,
+    recipe_of,
+    record_of,
+    restore,
+)
+
+SCHEMA = 1
+RECIPE_FILE = "vislr.json"
+
+
+def _without_adapters(module: Any) -> Any:
+    """A module of the same class and config, for saving only: it shares the base's tensors and carries no adapter."""
+    import torch
+
+    with torch.device("meta"):
+        plain = type(module).from_config(module.config)
+    plain.load_state_dict(base_state(module), assign=True, strict=True)
+    return plain
+
+
+def save(target: Any, folder: str | os.PathLike) -> Path:
+    """Write a pipeline (or a diffusers model) as an ordinary diffusers folder plus `vislr.json`.
+
+    Unmerged adapters go to `adapters/NAME.safetensors`; the base's weights are stored under their
+    own names, so that stock diffusers loads the folder, without the adapters. Merged (fused)
+    adapters are part of the weights. A pruned component is loaded by `import vislr` and diffusers.
+
+    Raises:
+        OutputError: the folder holds other things, or cannot be written.
+        ModelError: the target cannot be saved as a diffusers folder.
+    """
+    from vislr import formats
+    from vislr.adapters import inject
+
+    folder = Path(folder)
+    if not hasattr(target, "save_pretrained"):
+        raise ModelError(f"a {type(target).__name__} cannot be saved as a diffusers folder; use save_adapter")
+    ours = any((folder / known).exists() for known in ("model_index.json", RECIPE_FILE, "config.json"))
+    if folder.is_dir() and any(folder.iterdir()) and not ours:
+        raise OutputError(f"'{folder}' holds other files; save into a new folder")
+    _check_structure(target)
+    component, module = component_of(target)
+    weights = inject.adapter_weights(module)
+    merged = inject.merged_adapters(module)
+    kept = {name: weight for name, weight in weights.items() if name not in merged}
+    with atomic_path(folder) as temporary:
+        if not weights:
+            target.save_pretrained(temporary)
+        elif component:
+            parts = dict(target.components) | {component: _without_adapters(module)}
+            # Options such as requires_safety_checker are config, not components.
+            options = {key: value for key, value in target.config.items() if key in _options(type(target))}
+            type(target)(**parts, **options).save_pretrained(temporary)
+        else:
+            _without_adapters(module).save_pretrained(temporary)
+        adapters = {}
+        for name in kept:
+            file = f"adapters/{name}.safetensors"
+            (temporary / "adapters").mkdir(exist_ok=True)
+            formats.write_adapter(module, name, temporary / file, format="vislr", component=component)
+            adapters[name] = {"file": file, "weight": kept[name], "active": name in inject.active_adapters(module)}
+        record = {
+            "schema": SCHEMA,
+            "versions": versions_of("vislr", "torch", "diffusers", "peft", "transformers"),
+            "component": component,
+            "class": type(module).__name__,
+            "base": content_hash(base_state(module)),
+            "steps": recipe_of(target),
+            "plans": _run_time_plans(target),
+            "adapters": adapters,
+            "merged": sorted(merged),
+            "measurements": measurements_of(target),
+        }
+        write_json(temporary / RECIPE_FILE, record)
+    return folder
+
+
+def _check_structure(target: Any) -> None:
+    """Every pruned part must say so in its config, also where the plan was applied to the bare component."""
+    for module in modules_of(target):
+        if any(entry.structural for entry in record_of(module)) and not models.can_carry(module):
+            raise ModelError(
+                f"a {type(module).__name__} with changed structure has no config to keep the plan in; "
+                f"supported are {', '.join(models.GUARDS)}"
+            )
+    for name, part in getattr(target, "components", {}).items():
+        if models.can_carry(part) and part.config.get(models.KEY):
+            target.register_modules(**{name: part})
+
+
+def _run_time_plans(target: Any) -> list[dict[str, Any]]:
+    return [
+        models.entry_of(entry.report.kind, entry.report.name, entry.change["plan"])
+        | {"component": entry.report.component}
+        for entry in entries_of(target)
+        if entry.is_plan and not entry.structural
+    ]
+
+
+def _options(pipeline_class: type) -> set[str]:
+    import inspect
+
+    names = set(inspect.signature(pipeline_class).parameters)
+    return {name for name in names if name.startswith(("requires_", "force_", "is_", "add_"))}
+
+
+def load(source: str | os.PathLike, *, any_base: bool = False, **options: Any) -> Any:
+    """Load a pipeline and put back what `save` recorded.
+
+    Args:
+        source: name of an embedded pipeline, a diffusers folder (pipeline or one model), or a hub id.
+        any_base: accept adapters whose base weights differ.
+        options: passed on to `from_pretrained` (dtype, revision, ...); dtype is float32 unless given.
+
+    Returns:
+        a diffusers pipeline, or a model if the folder is one.
+
+    Raises:
+        ModelError: `source` is neither. FormatError: `vislr.json` has an unknown schema.
+    """
+    from vislr.adapters import inject
+
+    target, folder = _load_diffusers(source, options)
+    if folder is None or not (folder / RECIPE_FILE).is_file():
+        return target
+    record = read_recipe(folder)
+    _restore_reports(target, record["steps"])
+    # Adapters that were on beside a fused one were made on the weights before fusing.
+    accept = any_base or bool(record["merged"])
+    for name, stored in record["adapters"].items():
+        load_adapter(target, folder / stored["file"], name=name, weight=stored["weight"], any_base=accept)
+    if record["adapters"]:
+        on = {name: stored["weight"] for name, stored in record["adapters"].items() if stored["active"]}
+        inject.set_adapters(component_of(target)[1], list(on), list(on.values()))
+    for stored in record["plans"]:
+        _, name, plan = models.read_entry(stored)
+        apply(target, plan, name=name)
+    for name, figures in record["measurements"].items():
+        note_measurement(target, name, figures.get("before"), figures.get("after"))
+    return target
+
+
+def _restore_reports(target: Any, steps: list[dict[str, Any]]) -> None:
+    """Reports of the structural plans that the components came with; a config that disagrees stands above them."""
+    for module in modules_of(target):
+        own = record_of(module)
+        stored = [step for step in steps if any(step["change"] == entry.change for entry in own)]
+        if own and len(stored) == len(own):
+            restore(module, [(Report.from_dict(step["report"]), step["change"]) for step in stored])
+
+
+def read_recipe(folder: str | os.PathLike) -> dict[str, Any]:
+    """The checked `vislr.json` of a folder.
+
+    Raises:
+        FormatError: there is none, it is damaged, of another schema, or names files outside the folder.
+    """
+    folder = Path(folder)
+    path = folder / RECIPE_FILE
+    if not path.is_file():
+        raise FormatError(f"'{folder}' has no {RECIPE_FILE}: it was not written by vislr.save")
+    try:
+        record = read_json(path)
+        if record["schema"] != SCHEMA:
+            raise FormatError(f"'{path}' has schema {record['schema']}; this vislr reads {SCHEMA}")
+        record = {"plans": [], "measurements": {}, **record}
+        for name, stored in record["adapters"].items():
+            inside = (folder / stored["file"]).resolve()
+            if not inside.is_relative_to(folder.resolve()) or not inside.is_file():
+                raise FormatError(f"'{path}' names adapter '{name}' at '{stored['file']}', which is not in the folder")
+            float(stored["weight"]), bool(stored["active"])
+        list(record["merged"])
+        for step in record["steps"]:
+            Report.from_dict(step["report"]), dict(step["change"])
+        for stored in record["plans"]:
+            models.read_entry(stored)
+        for figures in record["measurements"].values():
+            dict(figures)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"'{path}' is no record of vislr: {type(error).__name__}: {error}") from error
+    return record
+
+
+def _load_diffusers(source: str | os.PathLike, options: dict[str, Any]) -> tuple[Any, Path | None]:
+    import diffusers
+    import torch
+
+    from vislr import zoo
+
+    name, folder = str(source), Path(source)
+    if not folder.exists() and name in zoo.pipeline_names():
+        return zoo.pipeline(name, **options), zoo.pipeline_folder(name)
+    if folder.is_dir():
+        options = {"local_files_only": True, "dtype": torch.float32} | options
+        if (folder / "model_index.json").is_file():
+            loader: Any = diffusers.DiffusionPipeline
+        elif (folder / "config.json").is_file():
+            config = read_json(folder / "config.json")
+            wanted = config.get("_class_name")
+            loader = getattr(diffusers, str(wanted), None)
+            if not (isinstance(loader, type) and issubclass(loader, diffusers.ModelMixin)):
+                raise ModelError(f"'{folder}' holds a '{wanted}', which diffusers does not know as a model")
+            loader = models.planned_class(str(wanted)) if config.get(models.KEY) else loader
+        else:
+            raise ModelError(f"'{folder}' is no diffusers folder: neither model_index.json nor config.json in it")
+    elif folder.exists():
+        raise ModelError(f"'{folder}' is a file; expected a diffusers folder, an embedded name or a hub id")
+    elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        loader, folder = diffusers.DiffusionPipeline, None  # type: ignore[assignment]
+    else:
+        raise ModelError(
+            f"there is no folder '{name}', and no embedded pipeline of that name{hint(name, zoo.pipeline_names())}"
+        )
+    try:
+        # Never a pickle, never code that came with the model.
+        with _known_to_diffusers(folder is None):
+            return loader.from_pretrained(name, use_safetensors=True, trust_remote_code=False, **options), folder
+    except VislrError:
+        raise
+    except Exception as error:
+        # Libraries raise a dozen types here; all mean that this is no pipeline that can be loaded.
+        reason = (str(error).splitlines() or [""])[0][:300]
+        raise ModelError(f"cannot load '{name}': {type(error).__name__}: {reason}") from error
+
+
+@contextlib.contextmanager
+def _known_to_diffusers(on: bool) -> Iterator[None]:
+    """While a hub repository is fetched: its index may name classes of vislr, which are no code of the repository."""
+    if not on:
+        yield
+        return
+    from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+
+    LOADABLE_CLASSES.setdefault("vislr", {"ModelMixin": ["save_pretrained", "from_pretrained"]})
+    try:
+        yield
+    finally:
+        LOADABLE_CLASSES.pop("vislr", None)

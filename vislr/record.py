@@ -1,0 +1,273 @@
+"""What was done to a model, in order: apply, remove, and the entries that a recipe is made of."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from vislr.core import registry
+from vislr.core.errors import ModelError, UndoError, hint
+from vislr.core.registry import Attached
+from vislr.core.report import Report
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_RECORD = "_vislr_record"
+_MEASURED = "_vislr_measured"
+# Applied later = larger, over all modules of a process: the order within a pipeline.
+_order = itertools.count()
+
+
+@dataclass
+class Entry:
+    """One applied change: what `vislr.json` keeps, and what `remove` needs."""
+
+    report: Report
+    change: dict[str, Any]
+    attached: Attached
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; the live part stays behind."""
+        return {"change": self.change, "report": self.report.to_dict()}
+
+    @property
+    def structural(self) -> bool:
+        """Whether it is part of the component's saved structure."""
+        return registry.get_kind(self.report.kind).structural
+
+    @property
+    def is_plan(self) -> bool:
+        """Whether it is a plan, not an adapter."""
+        return "plan" in self.change
+
+
+def record_of(module: nn.Module) -> list[Entry]:
+    """The module's entries, in the order of application; of a model that was loaded, its config's plans."""
+    if _RECORD not in module.__dict__:
+        # Not through nn.Module.__setattr__: the record is no part of the state.
+        module.__dict__[_RECORD] = _from_config(module)
+    return module.__dict__[_RECORD]
+
+
+def _from_config(module: Any) -> list[Entry]:
+    from vislr.models import KEY, read_entry
+
+    config = module.config if hasattr(module, "register_to_config") else {}
+    entries = []
+    for stored in config.get(KEY) or ():
+        kind, name, plan = read_entry(stored)
+        change = {"kind": kind.name, "plan": plan.to_dict()}
+        total, count = getattr(plan, "total", None), sum(p.numel() for p in module.parameters())
+        before = total if total is not None and getattr(plan, "budget", "") == "parameters" else count
+        sites = tuple(getattr(plan, "removed", ()))
+        report = Report(
+            kind.name, name, plan.component, sites, (before, count), 0, notes=("loaded with the model",),
+            index=next(_order),
+        )  # fmt: skip
+        entries.append(Entry(report, change, Attached(sites, change)))
+    return entries
+
+
+def restore(module: nn.Module, entries: list[tuple[Report, dict[str, Any]]]) -> None:
+    """Give a loaded model the reports that its folder keeps, in place of what its config alone says."""
+    module.__dict__[_RECORD] = [
+        Entry(replace(report, index=next(_order)), change, Attached(report.sites, change)) for report, change in entries
+    ]
+
+
+def component_of(target: Any, change: object = None) -> tuple[str, Any]:
+    """Where a change goes (name, module): the component that it names, else the denoiser, else the module itself."""
+    from vislr.anatomy import denoiser_of
+
+    named = getattr(change, "component", None)
+    if named and hasattr(target, "components"):
+        if named not in target.components:
+            raise ModelError(f"the pipeline has no component '{named}'{hint(named, target.components)}")
+        return named, target.components[named]
+    return denoiser_of(target)
+
+
+def recipe_of(target: Any) -> list[dict[str, Any]]:
+    """The record of a pipeline or module: what was applied and not removed, in order, as plain data."""
+    return [entry.to_dict() for entry in entries_of(target)]
+
+
+def modules_of(target: Any) -> list[nn.Module]:
+    """The module itself, or a pipeline's components that are modules."""
+    from torch import nn
+
+    if isinstance(target, nn.Module):
+        return [target]
+    return [part for part in getattr(target, "components", {}).values() if isinstance(part, nn.Module)]
+
+
+def entries_of(target: Any) -> list[Entry]:
+    """All entries of a pipeline or module, in the order of application."""
+    found = [entry for module in modules_of(target) for entry in record_of(module)]
+    return sorted(found, key=lambda entry: entry.report.index)
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _flops(module: nn.Module) -> tuple[int | None, dict | None, str]:
+    """FLOPs at the model's own size; a model that no reader knows is counted by parameters alone."""
+    from vislr.anatomy import flops, sample_of
+
+    try:
+        return flops(module), sample_of(module), ""
+    except ModelError as error:
+        return None, None, f"FLOPs not counted: {error}"
+
+
+def apply(target: Any, change: Any, *, name: str = "default", undo: bool = True, measure: bool = False) -> Report:
+    """Put an adapter config or a plan on a pipeline or module.
+
+    Args:
+        target: a diffusers pipeline (the change goes to its denoiser, or to the component that a
+            plan names), or a bare module.
+        change: ConvLoraConfig, FloraConfig, any config of peft, or a plan.
+        name: the adapter's name; plans are recorded under it.
+        undo: keep what `remove` needs. False frees what was removed at once.
+        measure: also time the model without and with the change, for kinds that can be timed; the
+            report's notes say the figures.
+
+    Returns:
+        a Report: sites touched, parameters and FLOPs before and after.
+
+    Raises:
+        ConfigError: `change` is neither a config nor a plan.
+        TargetError: it matches nothing in the model.
+        AdapterError, ModelError: it does not fit. In every case the model is as it was.
+    """
+    handler = registry.handler_of(registry.kind_of(change))
+    report = put_on(target, change, name, handler.attach, undo)
+    timing = getattr(handler, "timing", None)
+    if measure and timing is not None:
+        module = component_of(target, change)[1]
+        entry = record_of(module)[-1]
+        entry.report = report = replace(report, notes=report.notes + tuple(timing(module, entry.attached)))
+    return report
+
+
+def put_on(target: Any, change: Any, name: str, attach: Callable[..., Attached], undo: bool = True) -> Report:
+    """Count, let `attach(module, change, name)` work, count again, record."""
+    kind = registry.kind_of(change)
+    component, module = component_of(target, change)
+    if kind.structural:
+        _check_structural(module)
+    parameters = _parameters(module)
+    flops_before, sample, note = _flops(module)
+    attached = attach(module, change, name)
+    counted = attached.flops
+    if counted is None and flops_before is not None:
+        flops_after, _, note = _flops(module)
+        counted = None if flops_after is None else (flops_before, flops_after)
+    report = Report(
+        kind=kind.name,
+        name=name,
+        component=component,
+        sites=attached.sites,
+        parameters=(parameters, _parameters(module)),
+        trainable=sum(p.numel() for p in module.parameters() if p.requires_grad),
+        flops=counted,
+        sample=sample if counted else None,
+        notes=attached.notes + ((note,) if note else ()),
+        index=next(_order),
+    )
+    if not undo:
+        attached.undo = None
+    record_of(module).append(Entry(report, attached.change, attached))
+    if kind.structural:
+        mark(target, component, module)
+    return report
+
+
+def _check_structural(module: nn.Module) -> None:
+    """A run-time plan sits on the blocks that a structural one would take away under it."""
+    above = [entry.report.name for entry in record_of(module) if entry.is_plan and not entry.structural]
+    if above:
+        raise ModelError(
+            f"'{above[-1]}' runs on the model's blocks; remove it, change the structure, and apply it again"
+        )
+
+
+def mark(target: Any, component: str, module: nn.Module) -> None:
+    """Make class, config and the pipeline's index say which structural plans the module carries."""
+    from vislr import models
+
+    entries = [
+        models.entry_of(entry.report.kind, entry.report.name, entry.change["plan"])
+        for entry in record_of(module)
+        if entry.structural
+    ]
+    models.mark(module, entries)
+    if component and hasattr(target, "register_modules"):
+        target.register_modules(**{component: module})
+
+
+def remove(target: Any, report: Report) -> None:
+    """Take the change of `report` off again, exactly.
+
+    A change of the structure comes off only while nothing was applied after it, and nothing below
+    a later change of the structure comes off before that one.
+
+    Raises:
+        UndoError: it is not on the target, was applied with `undo=False` or came with a folder, or
+            something else must come off first.
+    """
+    for module in modules_of(target):
+        record = record_of(module)
+        for place, entry in enumerate(record):
+            if entry.report.index == report.index:
+                _check_order(entry, record[place + 1 :])
+                if entry.attached.undo is None:
+                    raise UndoError(
+                        f"'{report.name}' was applied with undo=False or came with a folder: nothing was kept"
+                    )
+                registry.handler_of(registry.get_kind(report.kind)).detach(module, entry.attached)
+                record.remove(entry)
+                if entry.structural:
+                    mark(target, entry.report.component, module)
+                if not record:
+                    del module.__dict__[_RECORD]
+                return
+    known = [entry.report.name for entry in entries_of(target)]
+    raise UndoError(f"'{report.name}' is not on this {type(target).__name__}{hint(report.name, known)}")
+
+
+def _check_order(entry: Entry, later: list[Entry]) -> None:
+    blocking = later if entry.structural else [other for other in later if other.structural]
+    if blocking:
+        raise UndoError(
+            f"'{entry.report.name}' cannot come off under '{blocking[-1].report.name}', which was applied after it; "
+            f"remove '{blocking[-1].report.name}' first"
+        )
+
+
+def note_measurement(target: Any, name: str, before: Any = None, after: Any = None) -> None:
+    """Keep a figure with the recipe: `vislr.save` writes it to `vislr.json` under `measurements`.
+
+    Args:
+        target: the changed pipeline or module.
+        name: what was measured: "KID", "held-out loss".
+        before, after: a `vislr.measure.Measurement`, or plain data.
+    """
+    module = component_of(target)[1]
+    table = module.__dict__.setdefault(_MEASURED, {})
+    plain = {
+        key: one.to_dict() if hasattr(one, "to_dict") else one for key, one in (("before", before), ("after", after))
+    }
+    table.setdefault(name, {}).update({key: value for key, value in plain.items() if value is not None})
+
+
+def measurements_of(target: Any) -> dict[str, Any]:
+    """The figures that were kept with the recipe, by name."""
+    found: dict[str, Any] = {}
+    for module in modules_of(target):
+        found |= module.__dict__.get(_MEASURED, {})
+    return found
