@@ -93,30 +93,51 @@ def delta_weight(A: torch.Tensor, B: torch.Tensor, shape: tuple[int, ...], scale
 def chain_forward(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float, geometry: Geometry) -> torch.Tensor:
     """The conv with `delta_weight(A, B)`, without making it: x (N, Ci, *S) -> (N, Co, *S').
 
-    Row-major order gives row o k1 + a of B A to the a-th of k1 equal pieces of output o's weight. Where
-    k1 divides Cg a piece is whole input channels, so the k1 pieces of each group go through one small
-    conv with kernel A (r k1, Cg / k1, *K), then B (Co, k1 r k1) mixes the maps of all pieces.
+    Row-major order gives row o k1 + p of B A to the p-th of k1 equal pieces of output o's weight, each Cg / k1
+    channels long. Where k1 divides Cg, all pieces of each group go as further samples through one small conv
+    with kernel A (r k1, Cg / k1, *K). Elsewhere a piece begins and ends inside of a channel's kernel: each goes
+    through a conv of its own, with A shifted to where it begins. Then B (Co, k1 r k1) mixes the maps of all pieces.
     For a linear: x (..., Ci) -> (..., Co), two products.
     """
     if not geometry.dims:
         return F.linear(F.linear(x, A) * scale, B)
     out, inside, k1, *rest = geometry.shape
-    pieces = cut(x, geometry.groups * k1)  # (N g k1, Cg / k1, *S)
-    h = geometry.convolve(pieces, A.reshape(-1, inside // k1, k1, *rest)) * scale  # (N g k1, r k1, *S')
-    return geometry.mix(glue(h, k1), B.reshape(out, -1))  # from (N g, k1 r k1, *S')
+    if inside % k1 == 0:
+        pieces = cut(x, geometry.groups * k1)  # (N g k1, Cg / k1, *S)
+        h = geometry.convolve(pieces, A.reshape(-1, inside // k1, k1, *rest))  # (N g k1, r k1, *S')
+        h = glue(h, k1)  # (N g, k1 r k1, *S')
+    else:
+        grouped = cut(x, geometry.groups)  # (N g, Cg, *S)
+        maps = [geometry.convolve(grouped[:, a:b], kernel) for a, b, kernel in _shifted(A, geometry.shape)]
+        h = torch.cat(maps, 1)  # (N g, k1 r k1, *S')
+    return geometry.mix(h, B.reshape(out, -1) * scale)
+
+
+def _shifted(A: torch.Tensor, shape: tuple[int, ...]) -> list[tuple[int, int, torch.Tensor]]:
+    """For each of k1 pieces: its first channel, the one after its last, and its kernel (r k1, channels, *K)."""
+    _, inside, k1, *rest = shape
+    rows = A.reshape(len(A), inside, -1)
+    found = []
+    for piece in range(k1):
+        first, before = divmod(piece * inside, k1)
+        channels = -(-(before + inside) // k1)
+        after = channels * k1 - before - inside
+        kernel = F.pad(rows, (0, 0, before, after)).reshape(len(A), channels, k1, *rest)
+        found.append((first, first + channels, kernel))
+    return found
 
 
 def use_chain(geometry: Geometry, r: int, positions: int) -> bool:
-    """Whether the chain is possible and takes fewer multiply-adds than making the delta and using it.
+    """Whether the chain takes fewer multiply-adds than making the delta and using it.
 
     Args:
         positions: output positions over the batch.
     """
     out, inside = geometry.shape[:2]
     k1 = geometry.shape[2] if geometry.dims else 1
-    if inside % k1:
-        return False
-    chain = positions * r * k1 * (geometry.groups * inside * geometry.kernel + out * k1)
+    # Where k1 does not divide the channels, pieces overlap by up to one.
+    channels = inside if inside % k1 == 0 else inside + k1
+    chain = positions * r * k1 * (geometry.groups * channels * geometry.kernel + out * k1)
     dense = out * inside * geometry.kernel * (positions + r * k1)
     return chain <= dense
 

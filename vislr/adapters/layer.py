@@ -74,7 +74,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.geometry: Geometry = geometry_of(self.get_base_layer())
+        self.geometry: Geometry = self.read_geometry()
         for attribute in self.adapter_layer_names:
             setattr(self, attribute, nn.ParameterDict())
         self.r: dict[str, Any] = {}
@@ -96,6 +96,10 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         self.scaling[name] = self.unit_scale(name)
         self.dropout[name] = getattr(config, "dropout", 0.0)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def read_geometry(self) -> Geometry:
+        """How the innermost layer applies its weight."""
+        return geometry_of(self.get_base_layer())
 
     def __getattr__(self, name: str) -> Any:
         if name in _FORWARDED:

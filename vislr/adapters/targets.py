@@ -248,7 +248,7 @@ def resolve_peft(model: nn.Module, config: Any) -> tuple[list[str], tuple[str, .
         fitting = [
             name
             for name, layer in ((name, innermost(modules[name])) for name in sites)
-            if not _peft_is_wrong(layer, kind) and not (kind in ("LORA", "OFT") and getattr(layer, "groups", 1) > 1)
+            if not peft_is_wrong(layer, kind) and not (kind in ("LORA", "OFT") and getattr(layer, "groups", 1) > 1)
         ]
         left = [n for n in sites if n not in fitting]
         if left:
@@ -263,7 +263,7 @@ def resolve_peft(model: nn.Module, config: Any) -> tuple[list[str], tuple[str, .
     if not sites:
         raise TargetError(f"target_modules '{target}' matches no layer{_near(str(target), list(adaptable(model)))}")
     for name in sites:
-        reason = _peft_is_wrong(innermost(modules[name]), kind)
+        reason = peft_is_wrong(innermost(modules[name]), kind)
         if reason:
             raise AdapterError(f"'{name}': peft's {kind} is wrong on a conv with {reason}; ConvLoRA is not")
     check_shared(model, sites)
@@ -282,7 +282,7 @@ def _peft_type(config: Any) -> str:
     return str(getattr(config.peft_type, "value", config.peft_type))
 
 
-def _peft_is_wrong(layer: nn.Module, kind: str) -> str:
+def peft_is_wrong(layer: nn.Module, kind: str) -> str:
     """Why peft's layer of this kind fails on a conv or differs from the merged conv, or ""."""
     if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return ""

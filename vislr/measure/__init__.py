@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vislr.measure.features import FeatureNet, Features, feature_net
     from vislr.measure.measurement import Measurement
     from vislr.measure.memory import peak_memory
+    from vislr.measure.overlap import dice, surface_dice
     from vislr.measure.quality import Prototypes, kid, prototypes, retrieval
     from vislr.measure.record import Record, read_record, write_record
     from vislr.measure.teacher import teacher_distance
@@ -25,6 +26,7 @@ _NAMES = {
     "Measurement": "vislr.measure.measurement",
     "Prototypes": "vislr.measure.quality",
     "Record": "vislr.measure.record",
+    "dice": "vislr.measure.overlap",
     "feature_net": "vislr.measure.features",
     "flops": "vislr.anatomy",
     "interleaved": "vislr.measure.timing",
@@ -33,6 +35,7 @@ _NAMES = {
     "prototypes": "vislr.measure.quality",
     "read_record": "vislr.measure.record",
     "retrieval": "vislr.measure.quality",
+    "surface_dice": "vislr.measure.overlap",
     "teacher_distance": "vislr.measure.teacher",
     "write_record": "vislr.measure.record",
 }
@@ -43,6 +46,7 @@ __all__ = [
     "Measurement",
     "Prototypes",
     "Record",
+    "dice",
     "feature_net",
     "flops",
     "interleaved",
@@ -51,6 +55,7 @@ __all__ = [
     "prototypes",
     "read_record",
     "retrieval",
+    "surface_dice",
     "teacher_distance",
     "write_record",
 ]
