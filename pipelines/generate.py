@@ -74,12 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
     from tqdm import tqdm
 
-    from vislr import recipe
+    from vislr import folders, recipe
     from vislr.data import make_grid
     from vislr.train import sample_images
     from vislr.train.prompts import check_prompts
 
-    pipe = recipe.load(config.model, dtype=getattr(torch, config.dtype))
+    pipe = folders.load(config.model, dtype=getattr(torch, config.dtype))
     if not hasattr(pipe, "components"):
         raise ModelError(f"'{config.model}' is one model; expected a whole pipeline")
     check_prompts(pipe, [("prompts", prompt) for prompt in config.prompts])

@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from vislr.core.arguments import dump_config, parse_config
 from vislr.core.cli_guard import run
-from vislr.core.errors import ModelError
+from vislr.core.errors import DataError
 from vislr.core.files import check_output
 from vislr.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from vislr.core.report import Report
-    from vislr.data import ImageFolder
+    from vislr.data import Pool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,26 +27,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(
         TrainConfig, argv, prog="vislr train", description="Train an adapter on a folder of pictures."
     )
-    train, held_out = _data(config)
+    if config.check_data:
+        return _check(config)
+    from vislr.pipelines import training_setup as setup
+
+    train, held_out = setup.open_data(config)
 
     import torch
 
     from vislr import recipe
     from vislr.train import classifiers, fit, make_accelerator, results
+    from vislr.train.curves import check_wandb
+    from vislr.train.evaluation import check_similarity
     from vislr.train.prompts import check_prompts
 
     folder = Path(config.output.folder)
     results.check_folder(config)
+    if config.held_out.similarity:
+        check_similarity()
+    if config.output.wandb:
+        check_wandb()
     accelerator = make_accelerator(config.precision, config.processes)
     if config.output.resume and results.finished(folder):
         accelerator.print(f"'{folder}' is finished already")
         return 0
     torch.manual_seed(config.seed)
-    target, head = _model(config, train)
-    texts = [(str(sample.path), sample.caption) for sample in (*train.samples, *held_out.samples)]
-    check_prompts(target, texts + [("sample.prompts", prompt) for prompt in config.sample.prompts])
-    applied = recipe.apply(target, config.adapter.to_change(), name=config.adapter.name)
-    trainable = applied.trainable + (sum(p.numel() for p in head.parameters()) if head is not None else 0)
+    target, head = setup.load_base(config, len(train.classes))
+    if not train.classes:
+        check_prompts(target, setup.texts_of(config, train, held_out))
+    applied = setup.attach(config, target)
+    save_adapter = setup.adapter_writer(config, target)
+    trainable = sum(report.trainable for report in applied)
+    trainable += sum(p.numel() for p in head.parameters()) if head is not None else 0
     needed = results.bytes_needed(
         config, trainable, max(6, len(config.sample.prompts)) * (len(config.sample.seeds) + 1)
     )
@@ -61,10 +71,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             results.clear(folder)
         dump_config(config, folder / "config.yaml")
     accelerator.wait_for_everyone()
-
-    def save_adapter(path: Path) -> None:
-        recipe.save_adapter(target, path, name=config.adapter.name, format=config.output.format)
-
     result = fit(
         target, config.adapter.name, config, train, held_out,
         head=head, accelerator=accelerator, save_adapter=save_adapter,
@@ -73,77 +79,55 @@ def main(argv: Sequence[str] | None = None) -> int:
         save_adapter(folder / "adapter.safetensors")
         if head is not None:
             classifiers.save_head(target, head, folder / "head.safetensors", train.classes)
-        results.write_result(config, result, applied, train, held_out, recipe.recipe_of(target))
-        print(_summary(folder, result))
+        kind = setup.kind_on(target, config.adapter.name)
+        results.write_result(config, result, applied, recipe.recipe_of(target), kind)
+        print(_summary(folder, config, result))
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return 0
 
 
-def _data(config: TrainConfig) -> tuple[ImageFolder, ImageFolder]:
-    """Training and held-out pictures, every one of them readable."""
-    from vislr.data import ImageFolder
-    from vislr.train.classifiers import is_classifier
+def _check(config: TrainConfig) -> int:
+    """`--check-data`: the report, and exit code 0 if training could start."""
+    from vislr.data import check_data
+    from vislr.pipelines.training_setup import wants_classes
 
-    def read(root: str, classes: tuple[str, ...] | None) -> ImageFolder:
-        if is_classifier(config.model.base):
-            return ImageFolder.with_classes(root, classes)
-        return ImageFolder.with_captions(root).triggered(config.data.trigger)
-
-    whole = read(config.data.folder, None)
-    whole.check()
-    if config.held_out.folder is None:
-        return whole.split(config.held_out.fraction)
-    held_out = read(config.held_out.folder, whole.classes)
-    held_out.check()
-    return whole, held_out
-
-
-def _model(config: TrainConfig, train: ImageFolder) -> tuple[Any, nn.Module | None]:
-    """The frozen base, and of a classifier the head."""
-    import torch
-
-    from vislr import recipe
-    from vislr.train.classifiers import is_classifier, load_classifier
-    from vislr.train.families import family_of
-    from vislr.train.tasks import latent_shape
-
-    dtype = getattr(torch, config.model.dtype)
-    if is_classifier(config.model.base):
-        model, head = load_classifier(
-            config.model.base, len(train.classes), pretrained=config.model.pretrained, size=config.data.size
-        )
-        return model.to(dtype), head.to(torch.float32)
-    target = recipe.load(config.model.base, dtype=dtype)
-    if not hasattr(target, "components"):
-        raise ModelError(f"'{config.model.base}' is one model; expected a whole pipeline")
-    family_of(target)
-    latent_shape(target, config.data.size)
-    return target, None
+    report = check_data(config.data, config.output.folder, classes=wants_classes(config.model.base))
+    print(report)
+    if not report.pictures or (report.left_out and config.data.broken == "stop"):
+        raise DataError(f"{len(report.left_out)} pictures or lines cannot be used; they are named above")
+    return 0
 
 
 def _plan(
-    config: TrainConfig, train: ImageFolder, held_out: ImageFolder, applied: Report, trainable: int, needed: int,
+    config: TrainConfig, train: Pool, held_out: Pool, applied: list[Report], trainable: int, needed: int,
     processes: int,
 ) -> str:  # fmt: skip
     """What would be done, in a few lines."""
     pictures = config.optim.batch * config.optim.accumulation * processes
     return "\n".join(
         [
-            f"base      {config.model.base} ({config.model.dtype})",
-            f"pictures  {len(train)} to train on, {len(held_out)} held out, in '{train.root}'",
-            f"adapter   {applied}",
+            f"base      {config.model.base} ({config.model.dtype}, {config.model.storage})",
+            f"pictures  {len(train)} to train on, {len(held_out)} held out",
+            *(f"          {line}" for line in train.summary().splitlines()),
+            *(f"adapter   {report}" for report in applied),
             f"training  {trainable:,} parameters, {config.steps} steps of {pictures} pictures "
-            f"({config.steps * pictures / len(train):.1f} epochs), {config.precision}, processes: {processes}",
+            f"({config.steps * pictures / max(1, len(train)):.1f} epochs), {config.optim.optimizer}, "
+            f"{config.precision}, processes: {processes}",
             f"output    '{config.output.folder}', at most {needed / 2**20:.1f} MiB",
         ]
     )
 
 
-def _summary(folder: Path, result: Any) -> str:
+def _summary(folder: Path, config: TrainConfig, result: Any) -> str:
     lines = [f"{result.steps} steps; {result.seconds:.0f} s of training since the last start"]
+    if result.steps < config.steps:
+        lines.append(f"stopped early: {config.held_out.patience} held-out losses in a row were not the lowest")
     for name, points in result.history.held_out.items():
-        lines.append(f"held-out {name}: {points[0][1]:.4f} before, {points[-1][1]:.4f} after")
+        after = dict(points).get(result.kept, points[-1][1])
+        lines.append(f"held-out {name}: {points[0][1]:.4f} before, {after:.4f} after")
+    if result.kept != result.steps:
+        lines.append(f"the weights are those of step {result.kept}")
     return "\n".join([*lines, f"adapter: {folder / 'adapter.safetensors'}", f"pictures: {folder / 'before_after.png'}"])
 
 

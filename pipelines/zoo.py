@@ -1,4 +1,4 @@
-"""`vislr zoo`: list what is embedded, write the images out as a folder, check the archive."""
+"""`vislr zoo`: list what is embedded, write the images out as a folder, verify the weights, train them again."""
 
 from __future__ import annotations
 
@@ -29,7 +29,25 @@ def _parser() -> argparse.ArgumentParser:
     pictures.add_argument("--limit", type=int, help="at most this many, spread evenly over the selection")
     pictures.add_argument("--export", type=Path, metavar="FOLDER", help="write PNG files and captions there")
     pictures.add_argument("--captions", default="txt", help="txt: a file beside each image; jsonl: one metadata.jsonl")
+    actions.add_parser("verify", help="hash every embedded weight and compare with the models' cards")
+    actions.add_parser("retrain", help="train an embedded model from nothing: --config zoo/unet.yaml", add_help=False)
     return parser
+
+
+def _verify() -> int:
+    problems = zoo.verify()
+    for name in sorted(zoo.cards()):
+        wrong = [line for line in problems if line.startswith(name)]
+        print(f"  {name:<12} {'; '.join(wrong) if wrong else 'as in its card'}")
+    return 1 if problems else 0
+
+
+def _retrain(argv: Sequence[str]) -> int:
+    from vislr.core.arguments import parse_config
+    from vislr.zoo.retraining import RetrainConfig, retrain
+
+    retrain(parse_config(RetrainConfig, argv, prog="vislr zoo retrain", description="Train an embedded model."))
+    return 0
 
 
 def _list() -> None:
@@ -48,7 +66,12 @@ def _list() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `vislr zoo` with these arguments; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["retrain"]:
+        return _retrain(argv[1:])
     a = _parser().parse_args(argv)
+    if a.action == "verify":
+        return _verify()
     if a.action == "list":
         _list()
         return 0

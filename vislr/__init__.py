@@ -11,11 +11,22 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from diffusers import (
+        DiTTransformer2DModel,
+        FluxTransformer2DModel,
+        ModelMixin,
+        PixArtTransformer2DModel,
+        SD3Transformer2DModel,
+        UNet2DConditionModel,
+    )
+
     from vislr.adapters import AdaBnConfig, ConvLoraConfig, FloraConfig, SaraConfig, adapt_statistics
     from vislr.anatomy import Anatomy, Site, describe
     from vislr.core.errors import VislrError
     from vislr.core.report import Report
-    from vislr.recipe import apply, load, load_adapter, recipe_of, remove, save, save_adapter, set_adapters
+    from vislr.folders import load, save
+    from vislr.recipe import load_adapter, save_adapter, set_adapters
+    from vislr.record import apply, note_measurement, recipe_of, remove
 
 # Public name -> module that defines it. No name here may be the name of a module.
 _NAMES = {
@@ -28,32 +39,62 @@ _NAMES = {
     "Site": "vislr.anatomy",
     "VislrError": "vislr.core.errors",
     "adapt_statistics": "vislr.adapters",
-    "apply": "vislr.recipe",
+    "apply": "vislr.record",
     "describe": "vislr.anatomy",
-    "load": "vislr.recipe",
+    "load": "vislr.folders",
     "load_adapter": "vislr.recipe",
-    "recipe_of": "vislr.recipe",
-    "remove": "vislr.recipe",
-    "save": "vislr.recipe",
+    "note_measurement": "vislr.record",
+    "recipe_of": "vislr.record",
+    "remove": "vislr.record",
+    "save": "vislr.folders",
     "save_adapter": "vislr.recipe",
     "set_adapters": "vislr.recipe",
+    # diffusers looks these up for ["vislr", NAME] in model_index.json, and asks which of them can load.
+    "DiTTransformer2DModel": "vislr.models",
+    "FluxTransformer2DModel": "vislr.models",
+    "ModelMixin": "vislr.models",
+    "PixArtTransformer2DModel": "vislr.models",
+    "SD3Transformer2DModel": "vislr.models",
+    "UNet2DConditionModel": "vislr.models",
 }
-_ROOMS = ("adapters", "anatomy", "core", "data", "formats", "kernels", "measure", "recipe", "train", "zoo")
+_ROOMS = (
+    "adapters",
+    "anatomy",
+    "core",
+    "data",
+    "folders",
+    "formats",
+    "kernels",
+    "measure",
+    "models",
+    "prune",
+    "recipe",
+    "record",
+    "train",
+    "zoo",
+)
 
 __all__ = [
     "AdaBnConfig",
     "Anatomy",
     "ConvLoraConfig",
+    "DiTTransformer2DModel",
     "FloraConfig",
+    "FluxTransformer2DModel",
+    "ModelMixin",
+    "PixArtTransformer2DModel",
     "Report",
+    "SD3Transformer2DModel",
     "SaraConfig",
     "Site",
+    "UNet2DConditionModel",
     "VislrError",
     "adapt_statistics",
     "apply",
     "describe",
     "load",
     "load_adapter",
+    "note_measurement",
     "recipe_of",
     "remove",
     "save",

@@ -13,7 +13,11 @@ from vislr.core.errors import ConfigError, hint
 VERBS = {
     "describe": ("vislr.pipelines.describe", "list a model's sites: layers, units, shapes, parameters, FLOPs"),
     "train": ("vislr.pipelines.train_adapter", "train an adapter on a folder of images"),
+    "adapt-domain": ("vislr.pipelines.adapt_domain", "adapt a classifier or a segmentation model to a domain without labels"),
     "generate": ("vislr.pipelines.generate", "make images with a pipeline and adapters"),
+    "convert": ("vislr.pipelines.convert", "an adapter file in another tool's format"),
+    "doctor": ("vislr.pipelines.doctor", "what is in an adapter file, and what each tool will do with it"),
+    "merge": ("vislr.pipelines.merge", "adapter files: several into one, another rank, one out of two checkpoints"),
     "zoo": ("vislr.pipelines.zoo", "the embedded images and pipelines: list, export, check"),
 }
 

@@ -162,6 +162,41 @@ def tiny_flux_pipeline(seed: int = 0):
     return pipe
 
 
+def tiny_pixart_pipeline(seed: int = 0, sizes: bool = False):
+    """PixArtAlphaPipeline, 2 blocks at hidden 24, T5 of hidden size 16. `sizes`: it is told size and aspect."""
+    from diffusers import DDIMScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(seed)
+    transformer = PixArtTransformer2DModel(
+        sample_size=128 if sizes else LATENT, patch_size=2, in_channels=4, out_channels=8, num_layers=2,
+        attention_head_dim=12, num_attention_heads=2, caption_channels=HIDDEN, cross_attention_dim=24,
+        interpolation_scale=1,
+    ).eval()  # fmt: skip
+    t5 = T5Config(vocab_size=len(tiny_tokenizer()), d_model=HIDDEN, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    pipe = PixArtAlphaPipeline(
+        tokenizer=tiny_tokenizer(), text_encoder=T5EncoderModel(t5).eval(), vae=tiny_vae(), transformer=transformer,
+        scheduler=DDIMScheduler(),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_dit_pipeline(seed: int = 0):
+    """DiTPipeline, 2 blocks at hidden 16, 1,000 classes of which two have names."""
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    torch.manual_seed(seed)
+    transformer = DiTTransformer2DModel(
+        sample_size=LATENT, patch_size=2, in_channels=4, out_channels=8, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, num_embeds_ada_norm=1000,
+    ).eval()  # fmt: skip
+    names = {0: "colour", 1: "grey, gray"}
+    pipe = DiTPipeline(transformer=transformer, vae=tiny_vae(), scheduler=DDIMScheduler(), id2label=names)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def tiny_vit(classes: int = 3, seed: int = 0):
     """timm VisionTransformer, 32 x 32 in patches of 8, 2 blocks at width 32."""
     import timm

@@ -174,6 +174,7 @@ def bad(name, tmp_path, sd_folder, pictures):
         zoo.export(data, zoo.images()[:3])
         cut = sorted(data.glob("*.png"))[0]
         cut.write_bytes(cut.read_bytes()[:500])
+        more = ["--data.broken", "stop"]
     elif name == "no folder":
         data = tmp_path / "nowhere"
     elif name == "unknown word":
@@ -217,8 +218,8 @@ def classes_in(tmp_path):
     ("name", "error", "message"),
     [
         ("empty folder", DataError, "holds no pictures"),
-        ("missing captions", DataError, "1 of 1 pictures in .* have no caption: a.png"),
-        ("corrupt picture", DataError, r"png' cannot be read: .*truncated"),
+        ("missing captions", DataError, r"a\.png.*caption"),
+        ("corrupt picture", DataError, r"\.png.*truncated"),
         ("no folder", DataError, "there is no folder"),
         ("unknown word", DataError, r"\.png: the embedded models do not know the word 'zyzzyva'"),
         ("unknown key", ConfigError, "unknown key 'optim.lrr'; did you mean 'optim.lr'"),
@@ -229,7 +230,7 @@ def classes_in(tmp_path):
         ("below a file", OutputError, "a part of the path is a regular file"),
         ("processes", LaunchError, "processes is 2, but 1 took part; on CPUs: ACCELERATE_USE_CPU=true torchrun"),
         ("odd size", ModelError, "data.size is 36; expected a multiple of 8"),
-        ("classifier without classes", DataError, "lie directly in"),
+        ("classifier without classes", DataError, "has 0 class folders"),
         ("unknown classifier", ModelError, "timm has no model 'resnet10x'; did you mean 'resnet10t'"),
         ("lora format", ConfigError, "output.format diffusers holds lora"),
     ],

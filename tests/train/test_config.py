@@ -49,8 +49,8 @@ def test_config_fits_and_names_every_field_with_a_comment(path):
 
 def test_there_is_a_config_for_each_method():
     kinds = {yaml.safe_load(path.read_text())["adapter"]["kind"] for path in CONFIGS}
-    assert kinds == {"convlora", "flora", "lora"}
-    assert len(CONFIGS) >= 5
+    assert kinds == {"convlora", "flora", "lora", "sara"}
+    assert len(CONFIGS) >= 15
 
 
 def test_dump_is_read_back(tmp_path):
@@ -98,7 +98,7 @@ def test_flags_as_people_type_them(argv, field, value):
     [
         (["--optim.lrr", "1"], "unknown key 'optim.lrr'; did you mean 'optim.lr'"),
         (["--stepps", "1"], "unknown key 'stepps'; did you mean 'steps'"),
-        (["--adapter.kind", "loraa"], "adapter.kind is 'loraa'; expected one of convlora, flora, lora"),
+        (["--adapter.kind", "loraa"], "adapter.kind is 'loraa'; expected one of convlora, flora, lora, sara"),
         (["--optim.lr", "fast"], "optim.lr is 'fast'; expected float"),
         (["--optim.lr", "-1"], "optim.lr is -1.0; expected more than 0"),
         (["--adapter.r", "0"], "adapter.r is 0; expected 1 or more"),
@@ -106,6 +106,23 @@ def test_flags_as_people_type_them(argv, field, value):
         (["--optim.batch", "0"], "optim.batch is 0; expected 1 or more"),
         (["--held_out.fraction", "1"], "held_out.fraction is 1.0; expected 0 or more and less than 1"),
         (["--adapter.ranks", "4"], "adapter.ranks belongs to flora"),
+        (
+            ["--adapter.kind", "sara"],
+            "sara needs one of adapter.fraction, adapter.threshold, adapter.count; given none",
+        ),
+        (["--adapter.fraction", "0.1"], "adapter.fraction belongs to sara"),
+        (["--adapter.kind", "sara", "--adapter.count", "9", "--adapter.alpha", "1"], "adapter.alpha is a scale"),
+        (["--adapter.text_encoders", "text"], "names 'text'; expected text_encoder"),
+        (["--optim.optimizer", "adan"], "optim.optimizer is 'adan'; expected one of adamw, adamw8bit, adafactor"),
+        (["--optim.block_lr", "up=fast"], "optim.block_lr holds 'up=fast'; expected \"PATTERN=FACTOR\""),
+        (["--optim.optimizer", "prodigy", "--optim.text_lr", "1"], "prodigy finds one rate"),
+        (["--held_out.patience", "2", "--held_out.every", "0"], "need held-out pictures and held_out.every"),
+        (["--held_out.keep", "best", "--held_out.fraction", "0"], "need held-out pictures"),
+        (["--model.storage", "nf4"], "model.storage nf4 takes adapter.kind lora, given convlora"),
+        (["--model.storage", "fp8", "--adapter.kind", "sara", "--adapter.count", "9"], "model.storage must be plain"),
+        (["--model.base", "timm/x", "--model.storage", "fp8"], "model.storage fp8 is for pipelines"),
+        (["--init_adapter", "a", "--adapter.text_encoders", "text_encoder"], "leave out adapter.text_encoders"),
+        (["--objective.snr_gamma", "0"], "objective.snr_gamma is 0.0; expected more than 0"),
         (["--adapter.dropout", "0.1"], "adapter.dropout is for flora and lora"),
         (["--adapter.target_modules", "[]"], "adapter.target_modules is an empty list"),
         (["--adapter.target_modules", "re:a", "b"], "'re:a' stands alone"),

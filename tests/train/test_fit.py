@@ -27,8 +27,7 @@ from vislr.train import (
 )
 from vislr.train.adapted import adapter_training, adapters_off
 from vislr.train.checkpoints import checkpoints_in
-from vislr.train.examples import step_positions
-from vislr.train.loop import learning_rate
+from vislr.train.optimizers import learning_rate
 
 BUILD = {
     "unet": tiny.tiny_sd_pipeline,
@@ -164,7 +163,7 @@ def test_pictures_before_are_those_of_the_base(pictures, tmp_path):
 def test_adapters_off_and_training_mode():
     model = tiny.tiny_conv_net()
     vislr.apply(model, AdapterSection(kind="lora", dropout=0.5).to_change())
-    adapter_training(model, True)
+    adapter_training([model], True)
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
     norms = [layer for layer in model.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
     assert layers
@@ -173,9 +172,9 @@ def test_adapters_off_and_training_mode():
     with torch.no_grad():
         for layer in layers:
             layer.lora_B["default"].weight.add_(1.0)
-    adapter_training(model, False)
+    adapter_training([model], False)
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    with adapters_off(model):
+    with adapters_off([model]):
         assert torch.equal(model(x), tiny.tiny_conv_net()(x))
     assert not torch.equal(model(x), tiny.tiny_conv_net()(x))
     assert not any(layer.lora_dropout["default"].training for layer in layers)
@@ -189,15 +188,6 @@ def test_learning_rate_rises_and_falls():
     assert rates[-1] == pytest.approx(0.2)
     assert all(a >= b for a, b in itertools.pairwise(rates[3:]))
     assert learning_rate(0, 1, OptimConfig(lr=1.0, warmup=0)) == 1.0
-
-
-@pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (2, 1), (3, 2)])
-def test_a_step_holds_the_same_positions_however_it_is_divided(world, accumulation):
-    batch = 12 // (world * accumulation)
-    for step in range(3):
-        parts = [step_positions(step, batch, accumulation, rank, world) for rank in range(world)]
-        assert sorted(p for part in parts for micro in part for p in micro) == list(range(step * 12, step * 12 + 12))
-        assert all(len(part) == accumulation for part in parts)
 
 
 def test_checkpoints_are_kept_to_a_limit_and_carry_the_adapter(pictures, tmp_path):

@@ -38,8 +38,8 @@ def main(pictures: str, out: str, batch: int) -> None:
     seen, gradients = [], {}
     read, clip = Examples.__getitem__, accelerator.clip_grad_norm_
 
-    def noted(self, positions):
-        given = read(self, positions)
+    def noted(self, items):
+        given = read(self, items)
         seen.append(given["index"].tolist())
         return given
 

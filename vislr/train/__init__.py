@@ -1,10 +1,11 @@
-"""Training of adapters: one loop; objectives as functions; exact resume."""
+"""Training of adapters: one loop; objectives as functions; exact resume; when to stop."""
 
 from vislr.train.config import (
     AdapterSection,
     DataConfig,
     HeldOutConfig,
     ModelConfig,
+    ObjectiveConfig,
     OptimConfig,
     OutputConfig,
     SampleConfig,
@@ -13,12 +14,15 @@ from vislr.train.config import (
 from vislr.train.launch import make_accelerator
 from vislr.train.loop import Result, fit
 from vislr.train.sampling import sample_images
+from vislr.train.tasks import Draw
 
 __all__ = [
     "AdapterSection",
     "DataConfig",
+    "Draw",
     "HeldOutConfig",
     "ModelConfig",
+    "ObjectiveConfig",
     "OptimConfig",
     "OutputConfig",
     "Result",

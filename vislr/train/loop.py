@@ -1,14 +1,11 @@
-"""The one training loop: forward, backward, step; held-out loss, pictures, checkpoints, exact resume."""
+"""The one training loop: forward, backward, step; held-out figures, pictures, checkpoints, exact resume."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,17 +15,20 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from vislr.core.arguments import plain_data
-from vislr.core.errors import ConfigError, Interrupted, OutputError, TrainingError
+from vislr.core.errors import ConfigError, Interrupted, TrainingError
 from vislr.core.files import atomic_path
-from vislr.data import ImageFolder, generator, key_seed, make_grid
-from vislr.train.adapted import adapter_training, adapters_off, trainable_parameters
-from vislr.train.checkpoints import check_same_run, checkpoints_in, load_checkpoint, save_checkpoint
-from vislr.train.config import OptimConfig, TrainConfig
+from vislr.data import ImageFolder, Pool, as_pool, generator, key_seed, make_grid
+from vislr.train.adapted import Average, adapter_training, adapters_off, trainable_parameters
+from vislr.train.base import prepare_base
+from vislr.train.config import TrainConfig
 from vislr.train.curves import Board, History, draw_curves
-from vislr.train.examples import step_positions
+from vislr.train.diffusion import Diffusion
+from vislr.train.evaluation import Evaluator, Similarity, out_of_patience
 from vislr.train.launch import make_accelerator
-from vislr.train.tasks import Classification, Diffusion, Preview, Task
+from vislr.train.optimizers import build_optimizer, learning_rate, parameter_groups
+from vislr.train.progress import Progress, take_up
+from vislr.train.signals import stop_signals
+from vislr.train.tasks import Classification, Extra, Preview, Task
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -40,11 +40,12 @@ class Result:
 
     Attributes:
         task: the model, its examples and its loss.
-        steps: updates made, those before a resume included.
+        steps: updates made, those before a resume included; fewer than asked for after an early stop.
         seconds: of the steps since the last start alone, without sampling, evaluating and saving.
         trainable: number of trained parameters.
         history: curves.
         before, after: pictures of the base and of the trained model; None on other processes than the first.
+        kept: the step whose weights are the result.
     """
 
     task: Task
@@ -54,26 +55,23 @@ class Result:
     history: History
     before: Preview | None
     after: Preview | None
-
-
-def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
-    """Rises in a line over `warmup` steps, falls by a half cosine to `final_lr * lr` at the last step."""
-    rise = min(1.0, (step + 1) / optim.warmup) if optim.warmup else 1.0
-    done = min(1.0, max(0.0, (step - optim.warmup) / max(1, steps - 1 - optim.warmup)))
-    return optim.lr * rise * (optim.final_lr + (1 - optim.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
+    kept: int
 
 
 def fit(
     target: Any,
-    adapter_name: str,
+    adapter_name: str | None,
     config: TrainConfig,
-    train: ImageFolder,
-    held_out: ImageFolder | None = None,
+    train: Pool | ImageFolder,
+    held_out: Pool | ImageFolder | None = None,
     *,
     head: nn.Module | None = None,
     accelerator: Accelerator | None = None,
     save_adapter: Callable[[Path], Any] | None = None,
     stop: Callable[[int], bool] | None = None,
+    trainable: Mapping[str, nn.Parameter] | None = None,
+    rates: Mapping[str, float] | None = None,
+    extra: Extra | None = None,
 ) -> Result:
     """Train the adapter that `target` carries.
 
@@ -82,124 +80,91 @@ def fit(
 
     Args:
         target: a diffusers pipeline or a classifier, with the adapter on it.
-        adapter_name: of the adapter.
+        adapter_name: of the adapter; None with `trainable`.
         config: the run. Progress is kept in `config.output.folder`.
         train, held_out: pictures.
         head: a module of the classifier that is trained in full, too.
         accelerator: of this process; default: one as `config` says.
         save_adapter: writes the adapter to a path, for every checkpoint.
         stop: asked after each step with the number of steps made; True saves and leaves.
+        trainable: name -> parameter, trained in place of an adapter's; all others are frozen.
+        rates: name of a parameter -> factor of its learning rate (absent: 1).
+        extra: given the draw of each training forward; its "objective" is minimised in place of the loss.
 
     Raises:
         Interrupted: SIGINT, SIGTERM or `stop`; the state is saved.
         TrainingError: the loss is not finite.
         ConfigError, OutputError, FormatError: the checkpoint to resume from is missing or of another run.
     """
+    if (adapter_name is None) == (trainable is None):
+        raise ConfigError("fit trains an adapter or `trainable`; expected one of the two")
     accelerator = accelerator or make_accelerator(config.precision, config.processes)
     main = accelerator.is_main_process
-    if held_out is None:
-        held_out = dataclasses.replace(train, samples=())
+    pool, held = (as_pool(part, config.data) if isinstance(part, ImageFolder) else part for part in (train, held_out))
+    assert pool is not None
+    held = held if held is not None and len(held) else None
     target.to(accelerator.device)
     task: Task
     if isinstance(target, nn.Module):
-        task = Classification(target, config, train, held_out)
+        task = Classification(target, config, pool, held)
     else:
-        task = Diffusion(target, config, train, held_out, quiet=not main)
-    model = task.model
-    trainable = trainable_parameters(model, adapter_name, also=head)
-    if any(isinstance(module, nn.Conv2d) for module in model.modules()):
-        model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(
-        list(trainable.values()), lr=config.optim.lr, betas=config.optim.betas,
-        weight_decay=config.optim.weight_decay, fused=True,
-    )  # fmt: skip
-    run = _Run(config, task, trainable, optimizer, accelerator, save_adapter)
-    run.start()
-    wrapped, prepared = accelerator.prepare(model, optimizer)
+        share = (accelerator.process_index, accelerator.num_processes)
+        task = Diffusion(target, config, pool, held, share=share, quiet=not main)
+    if trainable is None:
+        chosen = trainable_parameters(task.models, str(adapter_name), also=head)
+    else:
+        task.model.requires_grad_(False)
+        chosen = dict(trainable)
+        for parameter in chosen.values():
+            parameter.requires_grad_(True)
+    undo = prepare_base(task.model, config.model)
+    groups = parameter_groups(chosen, config.optim, rates)
+    chosen = {name: chosen[name] for group in groups for name in group["names"]}
+    optimizer = build_optimizer(groups, config.optim)
+    average = Average(chosen, config.optim.ema) if config.optim.ema else None
+    progress = Progress(Path(config.output.folder), config, chosen, optimizer, accelerator, average, save_adapter,
+                        task.models)  # fmt: skip
+    take_up(progress, pool, task)
+    wrapped, prepared = accelerator.prepare(task.model, optimizer)
     try:
-        return run.train(wrapped, prepared, stop)
+        return _Run(task, progress, extra).train(wrapped, prepared, stop)
     finally:
         accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-        adapter_training(model, False)
+        undo()
+        adapter_training(list(task.models.values()), False)
 
 
 class _Run:
-    """State of one run: the step, the curves, and where they are kept."""
+    """One run, from the step that `progress` is at to the end."""
 
-    def __init__(
-        self, config: TrainConfig, task: Task, trainable: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer,
-        accelerator: Accelerator, save_adapter: Callable[[Path], Any] | None,
-    ) -> None:  # fmt: skip
-        self.config, self.task, self.trainable, self.optimizer = config, task, trainable, optimizer
-        self.accelerator, self.save_adapter = accelerator, save_adapter
-        self.folder = Path(config.output.folder)
-        self.world, self.main = accelerator.num_processes, accelerator.is_main_process
-        self.step_samples = config.optim.batch * config.optim.accumulation * self.world
-        self.step, self.history = 0, History()
+    def __init__(self, task: Task, progress: Progress, extra: Extra | None) -> None:
+        self.task, self.progress, self.extra = task, progress, extra
+        self.config, self.accelerator = progress.config, progress.accelerator
+        self.history, self.trainable = progress.history, progress.trainable
+        self.main, self.world = self.accelerator.is_main_process, self.accelerator.num_processes
+        self.models = list(task.models.values())
+        # Parameters beside the wrapped model: their gradients are shared by hand.
+        self.loose = [value for name, value in self.trainable.items() if name.partition(".")[0] in task.models]
+        held_out = self.config.held_out
+        self.evaluator = Evaluator(task, self.accelerator, batch=self.config.optim.batch, bands=held_out.bands)
         self.board: Board | None = None
-        self.data = task.train.source.folder.fingerprint()
+        self.similarity: Similarity | None = None
 
-    def start(self) -> None:
-        """Take up the newest checkpoint if asked to."""
-        found = checkpoints_in(self.folder)
-        if self.config.output.resume and found:
-            state = load_checkpoint(found[-1], self.trainable, self.optimizer)
-            check_same_run(state["config"], plain_data(self.config))
-            if state["step_samples"] != self.step_samples:
-                raise ConfigError(
-                    f"cannot resume: a step saw {state['step_samples']} pictures and would see {self.step_samples}; "
-                    "expected the same batch x accumulation x processes"
-                )
-            if state["data"] != self.data:
-                raise ConfigError(f"cannot resume: the pictures in '{self.config.data.folder}' have changed")
-            self.step, self.history = state["step"], History.from_dict(state["history"])
-            if state["scaler"] and self.accelerator.scaler is not None:
-                self.accelerator.scaler.load_state_dict(state["scaler"])
-        elif found and not self.config.output.overwrite:
-            raise OutputError(
-                f"'{self.folder}' holds a run that stopped at step {found[-1].name}; "
-                "expected output.resume to go on, or output.overwrite to replace it"
-            )
-        self.accelerator.wait_for_everyone()
-        if self.main:
-            self.board = Board(self.folder / "tensorboard", self.step)
+    @property
+    def step(self) -> int:
+        """Updates made so far."""
+        return self.progress.step
 
-    def save(self) -> None:
-        """Keep the state as it is after `self.step` steps."""
-        if self.main:
-            scaler = self.accelerator.scaler
-            state = {
-                "step_samples": self.step_samples,
-                "data": self.data,
-                "config": plain_data(self.config),
-                "history": dataclasses.asdict(self.history),
-                "scaler": scaler.state_dict() if scaler is not None else None,
-            }
-            save_checkpoint(
-                self.folder, self.step, self.trainable, self.optimizer, state,
-                keep=self.config.output.keep, save_adapter=self.save_adapter,
-            )  # fmt: skip
-        self.accelerator.wait_for_everyone()
+    def evaluate(self) -> None:
+        """The held-out figures of the weights as they would be saved; the best so far are kept."""
+        with self.progress.shown():
+            values = self.evaluator.measure()
+        if values:
+            self.note(values)
+            self.progress.keep_if_best()
 
-    @torch.no_grad()
-    def evaluate(self, model: nn.Module) -> None:
-        """The held-out loss now; every process takes its share of the examples."""
-        examples = self.task.held_out
-        if examples is None:
-            return
-        adapter_training(model, False)
-        names = ["loss", "accuracy"] if examples.source.folder.classes else ["loss"]
-        # Python's floats are double; not every device has doubles.
-        sums = dict.fromkeys(names, 0.0)
-        positions = list(range(len(examples)))[self.accelerator.process_index :: self.world]
-        batch = self.config.optim.batch
-        with self.accelerator.autocast():
-            for start in range(0, len(positions), batch):
-                for name, each in self.task.loss(model, examples[positions[start : start + batch]]).items():
-                    sums[name] += sum(each.tolist())
-        adapter_training(model, True)
-        total = self.accelerator.reduce(torch.tensor(list(sums.values()), device=self.accelerator.device), "sum")
-        values = dict(zip(names, (total / len(examples)).tolist(), strict=True))
+    def note(self, values: dict[str, float]) -> None:
+        """Held-out figures, into the curves."""
         self.history.add("held_out", self.step, values)
         if self.board is not None:
             self.board.scalars("held_out", self.step, values)
@@ -208,99 +173,140 @@ class _Run:
         """Pictures of the model now, as a grid in `samples/` and in tensorboard. On the first process alone."""
         preview = None
         if self.main:
-            adapter_training(self.task.model, False)
-            preview = self.task.preview()
-            adapter_training(self.task.model, True)
+            adapter_training(self.models, False)
+            with self.progress.shown():
+                preview = self.task.preview()
+            adapter_training(self.models, True)
             grid = make_grid(preview.rows, column_labels=preview.columns, title=f"step {self.step}")
-            with atomic_path(self.folder / "samples" / f"{self.step:06d}.png") as temporary:
+            with atomic_path(self.progress.folder / "samples" / f"{self.step:06d}.png") as temporary:
                 grid.save(temporary, format="png")
+            if self.config.held_out.similarity and preview.drawn:
+                self.similarity = self.similarity or Similarity(self.task, quiet=True)
+                values = self.similarity.measure(preview)
+                self.history.add("samples", self.step, values)
+                if self.board is not None:
+                    self.board.scalars("samples", self.step, values)
             if self.board is not None:
                 self.board.image("samples", self.step, grid)
         self.accelerator.wait_for_everyone()
         return preview
 
+    def _before(self) -> Preview | None:
+        """Pictures of the base, also when resumed, and what it predicts."""
+        fresh = self.step == 0 and self.config.init_adapter is None
+        with adapters_off(self.models):
+            if self.task.drifts:
+                values = self.evaluator.measure(of_base=True)
+                if fresh and values:
+                    # A new adapter changes nothing yet: these are its figures, too.
+                    self.note(values)
+            if self.step == 0:
+                preview = self.show()
+            else:
+                preview = self.task.preview() if self.main else None
+        if self.step == 0 and not (fresh and self.task.drifts):
+            self.evaluate()
+        return preview
+
     def train(self, model: nn.Module, optimizer: Any, stop: Callable[[int], bool] | None) -> Result:
         """Step by step to the end, or until asked to stop."""
         config, first = self.config, self.step
-        bare = self.task.model
-        with adapters_off(bare):
-            # Of the base, also when resumed.
-            before = self.show() if first == 0 else (self.task.preview() if self.main else None)
-        if first == 0:
-            self.evaluate(bare)
+        if self.main:
+            self.board = Board(self.progress.folder / "tensorboard", first, config)
+        before = self._before()
         loader = DataLoader(
-            self.task.train, batch_size=None, sampler=self._positions(), num_workers=config.data.workers,
+            self.task.train, batch_size=None, sampler=self._items(), num_workers=config.data.workers,
             generator=generator(config.seed, "loader"),
         )  # fmt: skip
         batches = iter(loader)
-        losses: list[torch.Tensor] = []
+        logged: list[dict[str, torch.Tensor]] = []
         seconds = 0.0
-        adapter_training(bare, True)
+        adapter_training(self.models, True)
         with (
-            _signals() as asked,
+            stop_signals() as asked,
             tqdm(
                 total=config.steps, initial=first, desc="training", unit="step", disable=not self.main, mininterval=0.5
             ) as bar,
         ):
-            while self.step < config.steps:
+            while self.step < config.steps and not self._enough():
                 began = time.perf_counter()
                 # The adapter's dropout draws from the global stream.
                 torch.manual_seed(key_seed(config.seed, "step", self.step, self.accelerator.process_index))
-                rate = learning_rate(self.step, config.steps, config.optim)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                losses.append(self._gradients(model, batches))
+                rate = self.progress.set_rate(optimizer, learning_rate(self.step, config.steps, config.optim))
+                logged.append(self._gradients(model, batches))
                 norm = None
                 if config.optim.clip:
                     norm = self.accelerator.clip_grad_norm_(list(self.trainable.values()), config.optim.clip)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                self.step += 1
+                self.progress.advance()
                 last = self.step == config.steps
                 if self.step % config.output.log_every == 0 or last:
-                    self._log(losses, rate, norm)
-                    losses = []
+                    self._log(logged, rate, norm)
+                    logged = []
                 seconds += time.perf_counter() - began
                 if last or (config.held_out.every and self.step % config.held_out.every == 0):
-                    self.evaluate(bare)
+                    self.evaluate()
                 if not last and config.sample.every and self.step % config.sample.every == 0:
                     self.show()
                 bar.set_postfix(self._postfix(rate), refresh=False)
                 bar.update()
                 if not last:
                     self._save_or_stop(bool(asked) or (stop is not None and stop(self.step)))
+        kept = self.progress.finish()
         after = self.show()
         if self.board is not None:
             self.board.close()
-            draw_curves(self.history, self.folder / "curves.png")
+            draw_curves(self.history, self.progress.folder / "curves.png")
         count = sum(value.numel() for value in self.trainable.values())
-        return Result(self.task, self.step, seconds, count, self.history, before, after)
+        return Result(self.task, self.step, seconds, count, self.history, before, after, kept)
 
-    def _positions(self) -> Iterator[list[int]]:
+    def _enough(self) -> bool:
+        """Whether the held-out loss has stopped falling. The same on every process: the losses are."""
+        return out_of_patience(self.history.held_out.get("loss", []), self.config.held_out.patience)
+
+    def _items(self) -> Iterator[Any]:
         optim, rank = self.config.optim, self.accelerator.process_index
-        for step in range(self.step, self.config.steps):
-            yield from step_positions(step, optim.batch, optim.accumulation, rank, self.world)
+        return self.task.train.source.batches(
+            self.step, self.config.steps, optim.batch, optim.accumulation, rank, self.world
+        )
 
-    def _gradients(self, model: nn.Module, batches: Iterator[dict[str, torch.Tensor]]) -> torch.Tensor:
-        """Forward and backward of one step; processes exchange gradients in the last pass alone."""
+    def _gradients(self, model: nn.Module, batches: Iterator[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Forward and backward of one step; processes exchange gradients in the last pass alone.
+
+        Returns:
+            means of the loss and of the other parts.
+        """
         passes = self.config.optim.accumulation
-        total = torch.zeros((), device=self.accelerator.device)
+        total: dict[str, torch.Tensor] = {}
         for number in range(passes):
             batch = next(batches)
             with contextlib.nullcontext() if number == passes - 1 else self.accelerator.no_sync(model):
                 with self.accelerator.autocast():
-                    loss = self.task.loss(model, batch)["loss"].mean() / passes
+                    draw = self.task.forward(model, batch)
+                    values: dict[str, torch.Tensor] = {"loss": draw.loss}
+                    if self.extra is not None:
+                        values |= self.extra(draw)
+                    loss = values.get("objective", draw.loss).mean() / passes
                 self.accelerator.backward(loss)
-            total += loss.detach()
+            for name, value in values.items():
+                total[name] = total.get(name, 0) + value.detach().mean() / passes
+        if self.loose and self.world > 1:
+            for parameter in self.loose:
+                if parameter.grad is not None:
+                    parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
         return total
 
-    def _log(self, losses: list[torch.Tensor], rate: float, norm: torch.Tensor | None) -> None:
-        loss = float(self.accelerator.reduce(torch.stack(losses).mean(), "mean"))
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss} at step {self.step}; expected a number: lower optim.lr, or set precision to fp32"
-            )
-        values = {"loss": loss, "lr": rate} | ({"gradient": float(norm)} if norm is not None else {})
+    def _log(self, logged: list[dict[str, torch.Tensor]], rate: float, norm: torch.Tensor | None) -> None:
+        means = torch.stack([torch.stack([one[name] for one in logged]).mean() for name in logged[0]])
+        values = dict(zip(logged[0], self.accelerator.reduce(means, "mean").tolist(), strict=True))
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"the {name} is {value} at step {self.step}; expected a number: lower optim.lr, "
+                    "or set precision to fp32"
+                )
+        values |= {"lr": rate} | ({"gradient": float(norm)} if norm is not None else {})
         self.history.add("train", self.step, values)
         if self.board is not None:
             self.board.scalars("train", self.step, values)
@@ -316,32 +322,11 @@ class _Run:
             asked = float(self.accelerator.reduce(flag, "sum")) > 0
         every = self.config.output.checkpoint_every
         if asked or (every and self.step % every == 0):
-            self.save()
+            self.progress.save()
         if asked:
             if self.board is not None:
                 self.board.close()
             raise Interrupted(
-                f"stopped at step {self.step} of {self.config.steps}, state saved in '{self.folder}'; "
+                f"stopped at step {self.step} of {self.config.steps}, state saved in '{self.progress.folder}'; "
                 "go on with the same command and --output.resume"
             )
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM append to the list; a second SIGINT interrupts at once."""
-    asked: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def remember(number: int, frame: Any) -> None:
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,8 @@ from vislr.core.errors import OutputError
 from vislr.core.files import atomic_path, write_json, write_text
 from vislr.core.report import Report
 from vislr.core.versions import versions_of
-from vislr.data import ImageFolder
+from vislr.train.card import model_card
 from vislr.train.checkpoints import checkpoints_in
-from vislr.train.classifiers import is_classifier
 from vislr.train.config import TrainConfig
 from vislr.train.curves import draw_curves
 from vislr.train.loop import Result
@@ -21,7 +21,7 @@ REPORT = "report.json"
 # Everything that a run writes into its folder; `output.overwrite` removes these and nothing else.
 _OURS = (
     "adapter.safetensors", "head.safetensors", "config.yaml", REPORT, "README.md", "before_after.png", "curves.png",
-    "samples", "checkpoints", "tensorboard",
+    "samples", "checkpoints", "tensorboard", "best.safetensors", "adapter-best.safetensors", "wandb",
 )  # fmt: skip
 
 
@@ -73,96 +73,47 @@ def bytes_needed(config: TrainConfig, trainable: int, pictures: int) -> int:
     return adapter + checkpoints + 2 * (grids + 2) * pictures * 128 * 128 * 3 + 2**20
 
 
-def write_result(
-    config: TrainConfig, result: Result, applied: Report, train: ImageFolder, held_out: ImageFolder, recipe: list[Any]
-) -> None:
-    """Write pictures, card and, last, the report. The adapter is there already."""
+def write_result(config: TrainConfig, result: Result, applied: Sequence[Report], recipe: list[Any], kind: str) -> None:
+    """Write pictures, card and, last, the report. The adapter is there already.
+
+    Args:
+        applied: a report for each component that carries the adapter, the denoiser's first. kind: of the adapter.
+    """
     folder = Path(config.output.folder)
     if result.before is not None and result.after is not None:
         with atomic_path(folder / "before_after.png") as temporary:
             result.task.before_after(result.before, result.after).save(temporary, format="png")
     draw_curves(result.history, folder / "curves.png")
-    curve = result.history.held_out.get("loss")
+    train, history = result.task.train.source, result.history
+    held_out = result.task.held_out.source.count if result.task.held_out is not None else 0
     report = {
         "steps": result.steps,
+        "kept": result.kept,
         "seconds": round(result.seconds, 3),
         "trainable": result.trainable,
-        "adapter": applied.to_dict(),
-        "held_out": {
-            name: {"before": points[0][1], "after": points[-1][1]} for name, points in result.history.held_out.items()
-        },
-        "train_loss": result.history.last("train").get("loss"),
+        "adapter": applied[0].to_dict(),
+        "text_encoders": [report.to_dict() for report in applied[1:]],
+        "held_out": {name: _ends(points, result.kept) for name, points in history.held_out.items()},
+        "samples": history.last("samples"),
+        "train_loss": history.last("train").get("loss"),
         "base": config.model.base,
+        "license": config.output.license,
         "data": {
-            "folder": str(train.root),
-            "pictures": len(train),
-            "held_out": len(held_out),
-            "classes": list(train.classes),
+            "folder": config.data.parts()[0].path,
+            "folders": [part.path for part in config.data.parts()],
+            "pictures": train.count,
+            "held_out": held_out,
+            "classes": list(train.pool.classes),
             "hash": train.fingerprint(),
         },
         "recipe": recipe,
         "versions": versions_of("torch", "diffusers", "peft", "accelerate", "timm"),
     }
-    write_text(folder / "README.md", _card(config, train, held_out, result, curve))
+    card = model_card(config, result, kind=kind, pictures=train.count, held_out=held_out, components=len(applied))
+    write_text(folder / "README.md", card)
     write_json(folder / REPORT, report)
 
 
-def _card(
-    config: TrainConfig,
-    train: ImageFolder,
-    held_out: ImageFolder,
-    result: Result,
-    curve: list[tuple[int, float]] | None,
-) -> str:
-    """The model card."""
-    adapter, base = config.adapter, config.model.base
-    lines = [
-        "---",
-        f"base_model: {base}",
-        f"tags: [vislr, {adapter.kind}]",
-        "---",
-        f"# {adapter.kind} adapter for {base}",
-        "",
-        "![before and after](before_after.png)",
-        "",
-        f"- Base: `{base}`",
-        f"- Method: {adapter.kind}, {result.trainable:,} trained parameters, {result.steps} steps, seed {config.seed}",
-        f"- Data: {len(train)} pictures ({len(held_out)} more held out)",
-    ]
-    if train.classes:
-        lines.append(f"- Classes: {', '.join(train.classes)}")
-    else:
-        lines.append(f"- Trigger words: {config.data.trigger or 'none; write prompts like the captions'}")
-        lines.append(f"- A caption: `{train.samples[0].caption}`")
-    if curve:
-        lines.append(f"- Held-out loss: {curve[0][1]:.4f} before, {curve[-1][1]:.4f} after")
-    lines += ["- Licence: not stated; that of the pictures and of the base apply", "", "## Use", "", "```python"]
-    if is_classifier(base):
-        lines += [
-            "import vislr",
-            "from safetensors.torch import load_file",
-            "from vislr.train.classifiers import load_classifier",
-            "",
-            f'model, _ = load_classifier("{base}", {len(train.classes)}, pretrained={config.model.pretrained})',
-            'model.load_state_dict(load_file("head.safetensors"), strict=False)',
-            'vislr.load_adapter(model, "adapter.safetensors")',
-        ]
-    else:
-        lines += [
-            "import vislr",
-            "",
-            f'pipe = vislr.load("{base}")',
-            'vislr.load_adapter(pipe, "adapter.safetensors")',
-            f'image = pipe("{_prompt(config, train)}").images[0]',
-        ]
-        if config.output.format == "diffusers":
-            lines += ["", '# or, without vislr: pipe.load_lora_weights("adapter.safetensors")']
-    lines += ["```", ""]
-    if not is_classifier(base):
-        command = f'vislr generate --model {base} --adapter adapter.safetensors --prompts "{_prompt(config, train)}"'
-        lines += ["```", command, "```", ""]
-    return "\n".join(lines)
-
-
-def _prompt(config: TrainConfig, train: ImageFolder) -> str:
-    return config.sample.prompts[0] if config.sample.prompts else train.samples[0].caption
+def _ends(points: list[tuple[int, float]], kept: int) -> dict[str, float]:
+    """The first value of a curve, and the one of the step whose weights are the result (else the last)."""
+    return {"before": points[0][1], "after": dict(points).get(kept, points[-1][1])}

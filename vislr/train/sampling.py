@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vislr.train.families import sequence_length
+from vislr.train.families import PixArt, family_of, sequence_length
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,7 +39,7 @@ def sample_images(
     device changes it.
 
     Args:
-        prompts, seeds: of the same length.
+        prompts, seeds: of the same length; for a model of classes, their names.
         steps: denoising steps. guidance: classifier-free guidance scale.
         size: side in pixels; None: the pipeline's own.
         batch: pictures made at once.
@@ -48,17 +48,24 @@ def sample_images(
     import torch
 
     options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
-    if size is not None:
+    family = family_of(pipe)
+    if size is not None and not family.labelled:
         options |= {"height": size, "width": size}
-    if hasattr(pipe, "transformer"):
+    if hasattr(pipe, "transformer") and not family.labelled:
         options["max_sequence_length"] = sequence_length(pipe)
+    if isinstance(family, PixArt):
+        # Otherwise the pipeline draws at the nearest size of its own list and scales; captions are not cleaned either.
+        options |= {"use_resolution_binning": False, "clean_caption": False}
     images: list[Image.Image] = []
     pairs = list(zip(prompts, seeds, strict=True))
     with _quiet(pipe), torch.no_grad():
         for start in range(0, len(pairs), batch):
             part = pairs[start : start + batch]
             rngs = [torch.Generator("cpu").manual_seed(seed) for _, seed in part]
-            images += pipe([prompt for prompt, _ in part], generator=rngs, **options).images
+            texts: list[Any] = [prompt for prompt, _ in part]
+            if family.labelled:
+                texts = family.encode(texts)["label"].tolist()
+            images += pipe(texts, generator=rngs, **options).images
             if progress is not None:
                 progress(len(part))
     return images

@@ -1,6 +1,6 @@
 """The embedded images, scenes composed of them, and the embedded pipelines: small and real."""
 
-from vislr.zoo.checkpoints import pipeline, pipeline_folder, pipeline_names
+from vislr.zoo.checkpoints import cards, pipeline, pipeline_folder, pipeline_names, verify
 from vislr.zoo.composing import Scene, export_scenes, scene, scenes
 from vislr.zoo.emoji import PROCEDURAL_STYLES, SPLITS, STYLES, Picture, export, images
 
@@ -10,6 +10,7 @@ __all__ = [
     "STYLES",
     "Picture",
     "Scene",
+    "cards",
     "export",
     "export_scenes",
     "images",
@@ -18,4 +19,5 @@ __all__ = [
     "pipeline_names",
     "scene",
     "scenes",
+    "verify",
 ]

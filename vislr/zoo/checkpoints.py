@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vislr.core.errors import ModelError, hint
+from vislr.core.hashing import content_hash
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -40,4 +42,55 @@ def pipeline(name: str, **options: Any) -> DiffusionPipeline:
     from diffusers import DiffusionPipeline
 
     options.setdefault("dtype", torch.float32)
-    return DiffusionPipeline.from_pretrained(str(pipeline_folder(name)), local_files_only=True, **options)
+    folder = pipeline_folder(name)
+    if json.loads((folder / "model_index.json").read_text())["_class_name"] == "StableDiffusion3Pipeline":
+        # Stock diffusers takes components that a folder lacks only when they are named.
+        options = {"text_encoder_3": None, "tokenizer_3": None, **options}
+        return _sixteen_tokens().from_pretrained(str(folder), local_files_only=True, **options)
+    return DiffusionPipeline.from_pretrained(str(folder), local_files_only=True, **options)
+
+
+def _sixteen_tokens() -> Any:
+    """StableDiffusion3Pipeline whose `max_sequence_length` is 16 unless given.
+
+    The absent T5 becomes that many zero tokens; the embedded model was trained with 16, stock diffusers
+    makes 256, which dilutes its attention. The class has the stock name, which is what `save_pretrained` writes.
+    """
+    import functools
+
+    from diffusers import StableDiffusion3Pipeline as Stock
+
+    from vislr.zoo.vocabulary import MAX_TOKENS
+
+    class StableDiffusion3Pipeline(Stock):
+        @functools.wraps(Stock.__call__)
+        def __call__(self, *args: Any, max_sequence_length: int = MAX_TOKENS, **options: Any) -> Any:
+            return super().__call__(*args, max_sequence_length=max_sequence_length, **options)
+
+    StableDiffusion3Pipeline.__module__ = Stock.__module__
+    return StableDiffusion3Pipeline
+
+
+def cards() -> dict[str, dict[str, Any]]:
+    """The card of every embedded model by name: what it is, hashes of its weights, how it was trained, its gates."""
+    return {file.parent.name: json.loads(file.read_text()) for file in sorted(WEIGHTS.glob("*/card.json"))}
+
+
+def weight_hashes(folder: Path) -> dict[str, str]:
+    """Content hash of every weight file of a model folder, by its path in it; links are followed."""
+    from safetensors.torch import load_file
+
+    files = [*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]
+    return {file.relative_to(folder).as_posix(): content_hash(load_file(file)) for file in sorted(files)}
+
+
+def verify() -> list[str]:
+    """What differs between the embedded weights and their cards; nothing when all is as it was frozen."""
+    problems = []
+    for name, card in cards().items():
+        found = weight_hashes(WEIGHTS / name)
+        for file in sorted({*found, *card["weights"]}):
+            if found.get(file) != card["weights"].get(file):
+                have, want = (str(h.get(file, "absent"))[:12] for h in (found, card["weights"]))
+                problems.append(f"{name}/{file}: {have}, its card says {want}")
+    return problems
