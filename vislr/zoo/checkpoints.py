@@ -40,14 +40,26 @@ def pipeline(name: str, **options: Any) -> DiffusionPipeline:
     """
     import torch
     from diffusers import DiffusionPipeline
+    from transformers.utils import logging
 
     options.setdefault("dtype", torch.float32)
     folder = pipeline_folder(name)
+    level = logging.get_verbosity()
+    # The text model is stored once for both pipelines; one of them leaves its projection aside, which
+    # transformers reports at length.
+    logging.set_verbosity_error()
+    try:
+        return _load(folder, options, DiffusionPipeline)
+    finally:
+        logging.set_verbosity(level)
+
+
+def _load(folder: Path, options: dict[str, Any], stock: Any) -> DiffusionPipeline:
     if json.loads((folder / "model_index.json").read_text())["_class_name"] == "StableDiffusion3Pipeline":
         # Stock diffusers takes components that a folder lacks only when they are named.
         options = {"text_encoder_3": None, "tokenizer_3": None, **options}
         return _sixteen_tokens().from_pretrained(str(folder), local_files_only=True, **options)
-    return DiffusionPipeline.from_pretrained(str(folder), local_files_only=True, **options)
+    return stock.from_pretrained(str(folder), local_files_only=True, **options)
 
 
 def _sixteen_tokens() -> Any:

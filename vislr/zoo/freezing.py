@@ -30,6 +30,8 @@ def freeze(out: Path, folder: Path, name: str, about: str) -> None:
         name: emoji-unet, emoji-mmdit, emoji-net, emoji-vit or emoji-conv.
         about: one sentence for the card.
     """
+    from transformers import CLIPTextModelWithProjection
+
     place, stage = folder / name, name.removeprefix("emoji-")
     shutil.rmtree(place, ignore_errors=True)
     if stage in ("unet", "mmdit"):
@@ -37,6 +39,10 @@ def freeze(out: Path, folder: Path, name: str, about: str) -> None:
         pipe.to(dtype=torch.float16).save_pretrained(place)
         if stage == "mmdit":
             _share(place, folder / "emoji-unet")
+        else:
+            # With the projection, which this pipeline leaves aside and the MMDiT's reads.
+            text = CLIPTextModelWithProjection.from_pretrained(out / "text_encoder", dtype=torch.float16)
+            text.save_pretrained(place / "text_encoder")
     else:
         shutil.copytree(out / name, place)
     card: dict[str, Any] = {"name": name, "about": about, "weights": weight_hashes(place)}

@@ -184,7 +184,7 @@ def _train_vae(config: RetrainConfig) -> None:
     vae = architectures.make_vae().to(memory_format=torch.channels_last)
     run = Run(config, {"vae": vae})
     train = pixels(base_pictures())
-    train = torch.cat([train, pixels(base_scenes(len(train) // 2, config.seed))])
+    train = torch.cat([train, pixels(base_scenes(min(config.scenes, len(train) // 2), config.seed))])
     while run.step < config.steps:
         rng = run.draw()
         whole = run.step >= config.steps * 0.85  # crops of 32 px cost a quarter and teach the same convs
@@ -355,9 +355,9 @@ def assemble(out: Path, name: str, weights: bool = True) -> Any:
         prefix = "unet." if stage == "unet" else "transformer."
         step = json.loads((out / f"{stage}-state" / "state.json").read_text())["step"]
         stored = load_file(out / f"{stage}-state" / f"{step}.safetensors")
-        denoiser.load_state_dict(
-            {k.removeprefix(f"ema.{prefix}"): v for k, v in stored.items() if k.startswith(f"ema.{prefix}")}
-        )
+        with torch.no_grad():
+            for key, p in denoiser.named_parameters():
+                p.copy_(stored[f"ema.{prefix}{key}"])
     if stage == "unet":
         return StableDiffusionPipeline(
             vae=vae, text_encoder=CLIPTextModel.from_pretrained(out / "text_encoder"), tokenizer=tokenizer,

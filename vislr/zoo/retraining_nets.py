@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # A tenth of the (concept, style) pairs: what the figures of emoji-net are measured on.
 UNSEEN_EVERY = 10
+# Captions beside the batch's own that a picture is told from.
+BANK = 1024
 CLASSIFIERS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("vit_tiny_patch16_224", {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 6, "num_heads": 4}),
     "conv": ("resnet18", {"layers": (1, 1, 1, 1), "channels": (16, 32, 48, 64)}),
@@ -58,12 +60,18 @@ def train_net(config: RetrainConfig, run_of: Any) -> None:
             [torch.randint(int(bounds[i]), int(bounds[i + 1]), (n,), generator=rng) for i, n in enumerate(parts)]
         )
         x = augment(array[index].float().div(127.5).sub(1), rng).contiguous(memory_format=torch.channels_last)
-        a, b = net.image_features(x), net.text_features(tokens[index], tokenizer.eos_token_id)
+        # A text costs far less than a picture: a thousand more captions make the batch's task hard enough.
+        others = torch.randint(len(tokens), (BANK,), generator=rng)
+        texts = tokens[torch.cat([index, others])]
+        a, b = net.image_features(x), net.text_features(texts, tokenizer.eos_token_id)
         logits = a @ b.T / net.log_temperature.exp().clamp(min=0.01)
         # Two pictures of one caption in a batch are both right.
-        same = (tokens[index][:, None] == tokens[index][None]).all(-1).float()
-        target = same / same.sum(1, keepdim=True)
-        run.update((F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2)
+        same = (tokens[index][:, None] == texts[None]).all(-1).float()
+        own = same[:, : len(index)]
+        run.update(
+            F.cross_entropy(logits, same / same.sum(1, keepdim=True)) / 2
+            + F.cross_entropy(logits[:, : len(index)].T, own / own.sum(1, keepdim=True)) / 2
+        )
     run.use_ema()
     _settle(net.image_tower, array[:: max(1, len(array) // 2000)])
     net.eval()
@@ -130,7 +138,7 @@ def train_classifier(config: RetrainConfig, run_of: Any) -> None:
     from vislr.zoo.retraining import base_pictures, pixels
 
     pictures = base_pictures()
-    categories = sorted({p.category for p in pictures})
+    categories = sorted({p.category for p in images()})
     architecture, arguments = CLASSIFIERS[config.stage]
     net: Any = timm.create_model(architecture, num_classes=len(categories), **arguments)
     net.to(memory_format=torch.channels_last)
