@@ -12,6 +12,7 @@ Needs the extra `bench` (lycoris-lora). About 6 and 8 minutes on two idle cores,
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import subprocess
 import sys
@@ -121,12 +122,9 @@ def lora_rank(unet: nn.Module, count: int) -> int:
 
 def memory_of(name: str, a: argparse.Namespace) -> dict[str, float]:
     """Peak over what the process held after imports: model, adapter, optimiser, two steps."""
-    from diffusers import UNet2DConditionModel
-    from lycoris.modules.locon import LoConModule
-    from peft import LoraConfig
-
-    assert UNet2DConditionModel and LoConModule and LoraConfig
-    found = {}
+    for library in ("diffusers.models.unets.unet_2d_condition", "lycoris.modules.locon", "peft"):
+        importlib.import_module(library)
+    found: dict[str, float] = {}
 
     def work() -> None:
         made = Variant(name, build_unet(a.width).to(a.device, getattr(torch, a.dtype)), a)

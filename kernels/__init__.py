@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         quantize_rows,
         unpack_int4,
     )
+    from vislr.kernels.sparse_gradient import sparse_weight_gradient
     from vislr.kernels.tucker_conv import tucker_convolution
 
 _NAMES = {
@@ -47,6 +48,7 @@ _NAMES = {
     "recover": "attention",
     "recover_by_attention": "attention",
     "set_mode": "dispatch",
+    "sparse_weight_gradient": "sparse_gradient",
     "tucker_convolution": "tucker_conv",
     "unpack_int4": "integer_gemm",
     "use": "dispatch",
@@ -67,6 +69,7 @@ __all__ = [
     "recover",
     "recover_by_attention",
     "set_mode",
+    "sparse_weight_gradient",
     "tucker_convolution",
     "unpack_int4",
     "use",

@@ -99,6 +99,15 @@ def use_kernel(x: torch.Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> boo
     return fits and (x.device.type == "cuda" or _mode == "kernel")
 
 
+@torch._dynamo.assume_constant_result
+def cpu_has(feature: str) -> bool:
+    """Whether this CPU multiplies natively in "bfloat16", "float16" or "int8"."""
+    if feature == "int8":
+        return torch.cpu._is_vnni_supported()
+    name = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}[feature]
+    return getattr(torch.ops.mkldnn, name)()
+
+
 def device_name() -> str:
     """Name of the current GPU's generation in the tables, e.g. "sm_90"; "none" without one."""
     if INTERPRETED or not torch.cuda.is_available():

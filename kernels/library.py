@@ -41,17 +41,31 @@ def operator(
         return launch(*args) if runs_kernel(args[0].device) else reference(*args)
 
     qualified = f"vislr::{name}"
-    make = torch.library.custom_op if INTERPRETED else torch.library.triton_op
-    op = make(qualified, body, mutates_args=(), schema=schema)
+    op = _make(qualified, body, schema)
     op.register_fake(fake)
     if flops is not None:
         register_flop_formula(getattr(torch.ops.vislr, name))(flops)
     return op
 
 
+# Whether operators show their kernels to torch.compile. Cleared at the first one that torch refuses.
+_visible = not INTERPRETED
+
+
+def _make(qualified: str, body: Callable[..., Any], schema: str) -> Any:
+    global _visible
+    if _visible:
+        try:
+            return torch.library.triton_op(qualified, body, mutates_args=(), schema=schema)
+        except (ValueError, TypeError):
+            # Some versions of torch infer the schema from annotations even if it is given one.
+            _visible = False
+    return torch.library.custom_op(qualified, body, mutates_args=(), schema=schema)
+
+
 def launcher(kernel: Any) -> Any:
     """`launcher(kernel)[grid](...)` starts a Triton kernel, visibly to torch.compile where that works."""
-    return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
+    return torch.library.wrap_triton(kernel) if _visible else kernel
 
 
 def dot_precision(dtype: torch.dtype, tf32: bool) -> str:

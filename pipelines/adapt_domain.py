@@ -71,9 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def save(model: Any, name: str, path: Path, aux: dict[str, torch.Tensor]) -> None:
         recipe.save_adapter(model, path, name=name, aux=aux)
 
-    adapted = adapt_domain(
-        config, net, source, target, trained=config.model.weights is not None, save_adapter=save
-    )
+    adapted = adapt_domain(config, net, source, target, trained=config.model.weights is not None, save_adapter=save)
     verdicts = write_result(config, adapted, source, target)
     shutil.rmtree(folder / "stages", ignore_errors=True)
     print(summary(config, adapted, verdicts))
@@ -161,7 +159,8 @@ def _plan(config: AdaptConfig, net: Net, source: Domain, target: Domain, paramet
     trained = "weights given" if config.model.weights else f"{training.train}, {training.epochs} epochs"
     return "\n".join(
         [
-            f"model     {config.model.base} ({type(net.model).__name__}), {parameters:,} parameters, size {config.model.size}",
+            f"model     {config.model.base} ({type(net.model).__name__}), {parameters:,} parameters, "
+            f"size {config.model.size}",
             f"source    {_domain(source)}; {trained}",
             f"target    {_domain(target)}",
             f"early     reads '{early.layer or net.layer}', {early.epochs} epochs",

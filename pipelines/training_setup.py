@@ -109,6 +109,7 @@ def attach(config: TrainConfig, target: Any) -> list[Report]:
     import torch
 
     from vislr import recipe
+    from vislr.adapters import adapter_names
     from vislr.anatomy import denoiser_of
     from vislr.train.base import store_base
     from vislr.train.families import family_of
@@ -123,7 +124,8 @@ def attach(config: TrainConfig, target: Any) -> list[Report]:
         encoder = getattr(target, component, None)
         if encoder is None or family_of(target).labelled:
             raise ConfigError(f"adapter.text_encoders names '{component}'; a {type(target).__name__} has none")
-        reports.append(recipe.apply(encoder, config.adapter.to_text_change(encoder), name=name))
+        if name not in adapter_names(encoder):
+            reports.append(recipe.apply(encoder, config.adapter.to_text_change(encoder), name=name))
     store_base(denoiser_of(target)[1], config.model.storage, getattr(torch, config.model.dtype))
     return reports
 
@@ -140,33 +142,16 @@ def kind_on(target: Any, name: str) -> str:
 def adapter_writer(config: TrainConfig, target: Any) -> Callable[[Path], Any]:
     """What writes the adapter to a path: one file, in the format of the config, with all components.
 
-    Raises:
-        ConfigError: the format cannot hold the kind.
-    """
-    from vislr import formats, recipe
-    from vislr.anatomy import denoiser_of
-    from vislr.formats.exchange import read_canonical, write_canonical
+    Tries it once, so that a format that cannot hold the adapter is found before training.
 
-    name, form = config.adapter.name, config.output.format
-    component, denoiser = denoiser_of(target)
-    parts = {component: denoiser} | {key: getattr(target, key) for key in config.adapter.text_encoders}
-    kind = kind_on(target, name)
-    if form != "vislr" and kind != "lora":
-        raise ConfigError(f"output.format {form} holds lora, and the adapter is {kind}; use vislr, and vislr convert")
-    if len(parts) == 1 and form in ("vislr", "diffusers"):
-        return lambda path: recipe.save_adapter(target, path, name=name, format=form)
+    Raises:
+        FormatError: the format cannot hold it.
+    """
+    from vislr import recipe
 
     def write(path: Path) -> None:
-        whole = None
-        with tempfile.TemporaryDirectory() as folder:
-            for key, module in parts.items():
-                file = formats.write_adapter(module, name, Path(folder) / f"{key}.safetensors", component=key)
-                read = read_canonical(file)
-                if whole is None:
-                    whole = read
-                else:
-                    whole.entries |= read.entries
-        assert whole is not None
-        write_canonical(whole, path, form)
+        recipe.save_adapter(target, path, name=config.adapter.name, format=config.output.format)
 
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder) / "adapter.safetensors")
     return write

@@ -70,7 +70,7 @@ _ROOMS = (
     "prune",
     "recipe",
     "record",
-    "train",
+    "tokens", "train",
     "zoo",
 )
 

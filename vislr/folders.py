@@ -73,6 +73,13 @@ def save(target: Any, folder: str | os.PathLike) -> Path:
         raise OutputError(f"'{folder}' holds other files; save into a new folder")
     _check_structure(target)
     component, module = component_of(target)
+    for part in modules_of(target):
+        if part is not module and inject.adapter_names(part):
+            owner = next(other for other, own in target.components.items() if own is part)
+            raise ModelError(
+                f"'{owner}' carries the adapter '{inject.adapter_names(part)[0]}', which a folder cannot keep; "
+                "write it with save_adapter, remove it, and save"
+            )
     weights = inject.adapter_weights(module)
     merged = inject.merged_adapters(module)
     kept = {name: weight for name, weight in weights.items() if name not in merged}
@@ -227,6 +234,9 @@ def _load_diffusers(source: str | os.PathLike, options: dict[str, Any]) -> tuple
         options = {"local_files_only": True, "dtype": torch.float32} | options
         if (folder / "model_index.json").is_file():
             loader: Any = diffusers.DiffusionPipeline
+            index = read_json(folder / "model_index.json")
+            # SD3 without T5 is refused unless its absence is said twice.
+            options = {key: None for key, value in index.items() if value == [None, None]} | options
         elif (folder / "config.json").is_file():
             config = read_json(folder / "config.json")
             wanted = config.get("_class_name")

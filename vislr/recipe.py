@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vislr.core.errors import AdapterError, VislrError, hint
 from vislr.core.report import Report
-from vislr.record import apply, component_of, modules_of, put_on, recipe_of, remove
+from vislr.record import add_notes, apply, component_of, modules_of, put_on, recipe_of, remove
 
 if TYPE_CHECKING:
     from torch import nn
@@ -112,6 +112,9 @@ def load_adapter(
 ) -> Report:
     """Read an adapter's file and put it on the pipeline or module. Every tensor finds its place or it fails.
 
+    On a pruned model, layers on removed units are dropped; a note of the report says how many, and the
+    share of the change's norm that went with them.
+
     Args:
         target: pipeline or module.
         path: a file of any format, or a folder of peft; the format is recognised.
@@ -124,18 +127,23 @@ def load_adapter(
     """
     from vislr import formats
     from vislr.adapters import inject
+    from vislr.formats.surviving import without_removed
 
     name = formats.default_name(path) if name is None else name
-    file = formats.open_adapter(path, target)
+    file, survival = without_removed(formats.open_adapter(path, target), target)
+    notes = () if survival is None else (str(survival),)
     if isinstance(file, formats.CanonicalAdapter):
         change = formats.FileChange(file, target)
         attach = formats.attach_change(weight)
-        return put_on(target, change, name, attach)
+        return add_notes(target, put_on(target, change, name, attach), notes)
     _, module = component_of(target)
     active = inject.active_adapters(module)
+    # The file has one hash for all of its layers: with some of them gone it can no longer be checked.
+    accept = any_base or survival is not None
     report = put_on(
-        target, file.config, name, lambda module, _, name: formats.attach_file(module, name, file, any_base=any_base)
+        target, file.config, name, lambda module, _, name: formats.attach_file(module, name, file, any_base=accept)
     )
+    report = add_notes(target, report, notes)
     for parameter in inject.adapter_parameters(module, name).values():
         parameter.requires_grad_(False)
     try:

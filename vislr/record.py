@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -150,8 +150,17 @@ def apply(target: Any, change: Any, *, name: str = "default", undo: bool = True,
     if measure and timing is not None:
         module = component_of(target, change)[1]
         entry = record_of(module)[-1]
-        entry.report = report = replace(report, notes=report.notes + tuple(timing(module, entry.attached)))
+        report = add_notes(target, report, timing(module, entry.attached))
     return report
+
+
+def add_notes(target: Any, report: Report, notes: Iterable[str]) -> Report:
+    """The report with further notes, also in the record."""
+    noted = replace(report, notes=report.notes + tuple(notes))
+    for entry in entries_of(target):
+        if entry.report.index == report.index:
+            entry.report = noted
+    return noted
 
 
 def put_on(target: Any, change: Any, name: str, attach: Callable[..., Attached], undo: bool = True) -> Report:

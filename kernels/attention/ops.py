@@ -90,6 +90,8 @@ def _forward(q: Any, k: Any, v: Any, query_index: Any, key_index: Any, scale: fl
         return out.zero_(), lse.fill_(-torch.inf)
     if lse.numel() == 0:
         return out, lse
+    if key_index is not None and tuned(FOLDER, "gather", f"D={q.shape[-1]}").get("copy"):
+        k, v, key_index = reference.gather_tokens(k, key_index), reference.gather_tokens(v, key_index), None
     q, k, v = _rows(q), _rows(k), _rows(v)
     index_q = q if query_index is None else query_index.contiguous()
     index_k = q if key_index is None else key_index.contiguous()

@@ -124,7 +124,7 @@ def queries_kernel(
             logits = tl.dot(q2, tl.trans(k2), logits, input_precision=PRECISION)
             change = tl.dot(g2, tl.trans(v2), change, input_precision=PRECISION)
         # Keys beyond the end have logits 0, whose weight overflows where all true logits are very negative.
-        weights = tl.where(valid[None, :], tl.exp2((logits * scale - shift[:, None]) * LOG2E), 0.0)
+        weights = tl.exp2(tl.where(valid[None, :], (logits * scale - shift[:, None]) * LOG2E, float("-inf")))
         change = (weights * (change - mean[:, None])).to(k1.dtype)
         dq1 = tl.dot(change, k1, dq1, input_precision=PRECISION)
         if D2 > 0:

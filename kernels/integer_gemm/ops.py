@@ -214,7 +214,9 @@ def out_shape(x: Any, weight: Any, s: Any, p: Any, d: Any) -> tuple[int, int, in
     return x[0], weight[0], size[0], size[1]
 
 
-def _conv_fake(x: Any, weight: Any, xs: Any, ws: Any, bias: Any, xz: Any, wz: Any, s: Any, p: Any, d: Any, dtype: Any) -> Any:  # fmt: skip
+def _conv_fake(
+    x: Any, weight: Any, xs: Any, ws: Any, bias: Any, xz: Any, wz: Any, s: Any, p: Any, d: Any, dtype: Any
+) -> Any:
     dense = x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
     layout = torch.contiguous_format if dense else torch.channels_last
     shape = out_shape(x.shape, weight.shape, s, p, d)
@@ -225,7 +227,9 @@ def _conv_reference(x: Any, *args: Any) -> Any:
     return _conv_fake(x, *args).copy_(reference.conv_w8a8(x, *args))
 
 
-def _conv_flops(x: Any, weight: Any, xs: Any, ws: Any, bias: Any, xz: Any, wz: Any, s: Any, p: Any, d: Any, *args: Any, **kwargs: Any) -> int:  # fmt: skip
+def _conv_flops(
+    x: Any, weight: Any, xs: Any, ws: Any, bias: Any, xz: Any, wz: Any, s: Any, p: Any, d: Any, *a: Any, **k: Any
+) -> int:
     batch, channels, height, width = out_shape(x, weight, s, p, d)
     return 2 * batch * channels * height * width * weight[1] * weight[2] * weight[3]
 

@@ -13,16 +13,14 @@ from vislr.kernels.tucker_conv.reference import is_channels_last, pointwise
 
 FOLDER = "tucker_conv"
 # Starting points for Hopper until `python -m vislr.kernels.tune` has run, by rank S.
+_TILE = {"TILE_Y": 8, "TILE_X": 16, "BLOCK_CO": 64, "num_stages": 3}
 DEFAULTS: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "full": [
-        (64, {"TILE_Y": 8, "TILE_X": 16, "BLOCK_P": 64, "BLOCK_C": 64, "BLOCK_CO": 64, "num_warps": 4, "num_stages": 3}),
-        (160, {"TILE_Y": 8, "TILE_X": 16, "BLOCK_P": 64, "BLOCK_C": 64, "BLOCK_CO": 64, "num_warps": 8, "num_stages": 3}),
+        (64, _TILE | {"BLOCK_P": 64, "BLOCK_C": 64, "num_warps": 4}),
+        (160, _TILE | {"BLOCK_P": 64, "BLOCK_C": 64, "num_warps": 8}),
     ],
-    "tail": [
-        (64, {"TILE_Y": 8, "TILE_X": 16, "BLOCK_CO": 64, "num_warps": 4, "num_stages": 3}),
-        (160, {"TILE_Y": 8, "TILE_X": 16, "BLOCK_CO": 64, "num_warps": 8, "num_stages": 3}),
-    ],
-}  # fmt: skip
+    "tail": [(64, _TILE | {"num_warps": 4}), (160, _TILE | {"num_warps": 8})],
+}
 
 
 def config_of(kernel: str, shape: roofline.Shape, dtype: torch.dtype) -> dict[str, Any]:
@@ -120,7 +118,9 @@ def _common(shape: roofline.Shape, x: Any, core: Any, s: Any, p: Any, d: Any, co
     }  # fmt: skip
 
 
-def _tail(shape: Any, h: Any, base: Any, core: Any, up: Any, scale: float, s: Any, p: Any, d: Any, y: Any, mid: Any) -> None:  # fmt: skip
+def _tail(
+    shape: Any, h: Any, base: Any, core: Any, up: Any, scale: float, s: Any, p: Any, d: Any, y: Any, mid: Any
+) -> None:
     from vislr.kernels.tucker_conv.triton import tail_kernel
 
     config = config_of("tail", shape, h.dtype)
@@ -134,7 +134,9 @@ def _tail(shape: Any, h: Any, base: Any, core: Any, up: Any, scale: float, s: An
     )  # fmt: skip
 
 
-def _full(shape: Any, x: Any, base: Any, down: Any, core: Any, up: Any, scale: float, s: Any, p: Any, d: Any, y: Any) -> None:  # fmt: skip
+def _full(
+    shape: Any, x: Any, base: Any, down: Any, core: Any, up: Any, scale: float, s: Any, p: Any, d: Any, y: Any
+) -> None:
     from vislr.kernels.tucker_conv.triton import full_kernel
 
     config = config_of("full", shape, x.dtype)
@@ -170,7 +172,9 @@ def _chain(x: Any, base: Any, down: Any, core: Any, up: Any, scale: float, s: An
     return torch.add(base if base.dim() == 4 else base[:, None, None], wide, alpha=scale, out=y), low, mid
 
 
-def _flops(x: Any, base: Any, down: Any, core: Any, up: Any, scale: float, s: Any, p: Any, d: Any, *args: Any, **kwargs: Any) -> int:  # fmt: skip
+def _flops(
+    x: Any, base: Any, down: Any, core: Any, up: Any, scale: Any, s: Any, p: Any, d: Any, *args: Any, **kwargs: Any
+) -> int:
     height, width = (out_size(x[2 + i], core[2 + i], s[i], p[i], d[i]) for i in range(2))
     first = 0 if down is None else x[0] * x[2] * x[3] * x[1] * core[1]
     return 2 * (first + x[0] * height * width * core[0] * (core[1] * core[2] * core[3] + up[0]))
@@ -196,7 +200,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _differentiate(ctx: Any, grad: Any, *_: Any) -> tuple:
-    """With g the gradient of y: mid's is scale up^T g; low's is that through the transposed core; x's through down^T."""
+    """With g the gradient of y: of mid scale up^T g; of low that through the transposed core; of x through down^T."""
     x, down, core, up, low, mid = ctx.saved_tensors
     need_x, need_base, need_down, need_core, need_up = ctx.needs_input_grad[:5]
     narrow = x if down is None else low

@@ -191,8 +191,10 @@ def full_kernel(
             if S2 > 0:
                 ranks2 = S1 + tl.arange(0, S2)
                 taps2 = load_block(
-                    taps[:, None] + ranks2[None, :] * (KH * KW * R), (ranks < R)[:, None] & (ranks2 < S)[None, :], UPCAST
-                )  # fmt: skip
+                    taps[:, None] + ranks2[None, :] * (KH * KW * R),
+                    (ranks < R)[:, None] & (ranks2 < S)[None, :],
+                    UPCAST,
+                )
                 mid2 = tl.dot(narrow, taps2, mid2, input_precision=PRECISION)
         narrow1 = mid1.to(y.dtype.element_ty)
         narrow2 = mid2.to(y.dtype.element_ty)

@@ -1,6 +1,7 @@
 """`vislr doctor`: every rule on a file made for it, and diffusers' verdicts against what diffusers really does."""
 
 import json
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -176,7 +177,7 @@ FILES = {
     "sd3 alpha": ("sd3", lambda: plain("transformer.", "sd3", SD3_OUT, 1.0), {"ss_base_model_version": "medium"}),
     "sd3 diffusers": ("sd3", lambda: plain("transformer.", "sd3", SD3_OUT), {"ss_base_model_version": "medium"}),
     "flux alpha": ("flux", lambda: plain("transformer.", "flux", FLUX_OUT, 1.0), {}),
-    "flux both": ("flux", lambda: plain("transformer.", "flux", FLUX_OUT, 1.0), header_of("transformer", FLUX_OUT, 6)),
+    "flux both": ("flux", lambda: plain("transformer.", "flux", FLUX_OUT, 6.0), header_of("transformer", FLUX_OUT, 6)),
     "wrong version": (
         None,
         lambda: pair("lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k", (1280, 768)),
@@ -339,6 +340,36 @@ def really(kind, path, layers):
     return ("loads" if len(scales) >= layers else "drops"), scales
 
 
+# What no conversion mends: the values or the keys themselves are wrong.
+BROKEN = ("nan", "half", "fused", "glora", "unknown", "alpha 0")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "pipe"
+    tiny_sd_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name not in BROKEN])
+def test_the_fix_makes_a_file_that_loads(name, folder, base, capsys):
+    path = made(name, folder)
+    found = examine(path)
+    for verdict in found.verdicts:
+        if not verdict.fix:
+            # Nothing in a format can hold these, or there is nothing to mend.
+            assert verdict.verdict in ("loads", "loads if", "unknown") or {"oft", "adabn", "bias"} & set(found.traits)
+            continue
+        words = [str(base) if word == "BASE" else word for word in shlex.split(verdict.fix)]
+        assert words[0] == "vislr"
+        assert main(words[1:]) == 0, capsys.readouterr().err
+        mended = examine(words[3])
+        again = verdict_of(mended, verdict.tool)
+        assert again.verdict in ("loads", "loads if", "unknown"), again
+        if verdict.tool == "diffusers" and FILES[name][0] is not None:
+            assert really(FILES[name][0], words[3], sum(mended.components.values()))[0] == "loads"
+
+
 REAL = [name for name, (kind, _, _) in FILES.items() if kind is not None and name not in ("unknown", "glora")]
 
 
@@ -467,6 +498,26 @@ def test_a_base_is_compared(folder, tmp_path):
     wrong = examine(many(folder, lambda tensors, layers: None, "other.safetensors"), base)
     assert wrong.problems[0].startswith("the base has no layer for ")
     assert "2 layers have another shape in the base" in wrong.problems[1]
+
+
+def test_the_base_that_it_was_made_on_is_recognised(tmp_path):
+    from peft import LoraConfig
+
+    from vislr.adapters import attach
+    from vislr.formats import write_adapter
+
+    pipe = tiny_sd_pipeline()
+    pipe.save_pretrained(tmp_path / "pipe")
+    attach(pipe.unet, LoraConfig(r=2, target_modules=["to_q"]), "a")
+    write_adapter(pipe.unet, "a", tmp_path / "a.safetensors", component="unet")
+    found = examine(tmp_path / "a.safetensors", open_checkpoint(tmp_path / "pipe"))
+    assert "the base is the one that it was made on, bit for bit" in found.notes
+    # A new LoRA changes nothing.
+    count = len(found.layers)
+    assert [line.split(",")[0] for line in found.problems] == [f"{count} of {count} layers do nothing"]
+    tiny_sd_pipeline(seed=1).save_pretrained(tmp_path / "other")
+    found = examine(tmp_path / "a.safetensors", open_checkpoint(tmp_path / "other"))
+    assert "the base has other weights than the one that it was made on" in found.notes
 
 
 def test_the_command(folder, tmp_path, capsys):

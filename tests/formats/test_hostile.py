@@ -5,8 +5,8 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import struct
-import time
 import zipfile
 
 import pytest
@@ -43,7 +43,7 @@ def entries():
             "sara_shape": torch.tensor([6, 4])}  # fmt: skip
     tucker = {"lora_down.weight": values(2, 4, 1, 1), "lora_up.weight": values(6, 3, 1, 1),
               "lora_mid.weight": values(3, 2, 3, 3)}  # fmt: skip
-    flora = {"flora_core": values(2, 2), "flora_out": values(6, 2), "flora_in": values(4, 2), "alpha": torch.tensor(1.0)}
+    flora = {"flora_core": values(2, 2), "flora_out": values(6, 2), "flora_in": values(4, 2)}
     return {
         Q: Entry("lora", lora(), (6, 4)),
         Q.replace("to_q", "to_k"): Entry("lora", lora(dora_scale=values(6, 1)), (6, 4)),
@@ -76,8 +76,8 @@ def seeds():
 
 
 SEEDS = seeds()
-ODD = [None, True, -1, 0, 1, 2**31, 2**63, 10**40, 1e308, -0.0, "", "F32", "BOOL", "../../etc/passwd", "a\x00b", "\x1b[2J",
-       "é" * 300, [], [0], [-1], [1, 2], [2**62, 4], [[1]], {}, {"a": 1}, [1e9], [True], ["x"]]  # fmt: skip
+ODD = [None, True, -1, 0, 1, 2**31, 2**63, 10**40, 1e308, -0.0, "", "F32", "BOOL", "../../etc/passwd", "a\x00b",
+       "\x1b[2J", "é" * 300, [], [0], [-1], [1, 2], [2**62, 4], [[1]], {}, {"a": 1}, [1e9], [True], ["x"]]  # fmt: skip
 
 
 def taken_apart(data):
@@ -124,7 +124,7 @@ def odd_header(data, rng):
 def odd_metadata(data, rng):
     """The JSON inside of a metadata text changes."""
     header, body = taken_apart(data)
-    metadata = header.setdefault("__metadata__", {"format": "pt"})
+    metadata = header["__metadata__"] = header.get("__metadata__") or {"format": "pt"}
     key = rng.choice(list(metadata))
     try:
         metadata[key] = json.dumps(odd_inside(json.loads(metadata[key]), rng))
@@ -139,7 +139,8 @@ def other_key(data, rng):
     key, other = rng.choice(keys), rng.choice(keys)
     new = rng.choice([
         key + ".x", key.replace(".", "_"), key.replace("mid_block", "down_blocks.99"), "../" + key, "aux." + key,
-        key.rpartition(".")[0], "." + key, key.rpartition(".")[0] + "." + other.rpartition(".")[2], "C:\\" + key, key * 40,
+        key.rpartition(".")[0], "." + key, key.rpartition(".")[0] + "." + other.rpartition(".")[2],
+        "C:\\" + key, key * 40,
         key.replace("lora_", "hada_"), "diffusion_model." + key, "base_model.model." + key, "lora_unet_" + key,
     ])  # fmt: skip
     return joined({new if k == key else k: v for k, v in header.items()}, body)
@@ -160,11 +161,13 @@ def reshaped(data, rng):
     key = rng.choice([key for key in header if key != "__metadata__"])
     info = header[key]
     size = info["data_offsets"][1] - info["data_offsets"][0]
-    dtype, width = rng.choice([("F32", 4), ("F16", 2), ("I32", 4), ("U8", 1), ("BOOL", 1), ("F64", 8), ("I64", 8), ("F8_E4M3", 1)])
+    widths = {"F32": 4, "F16": 2, "I32": 4, "U8": 1, "BOOL": 1, "F64": 8, "I64": 8, "F8_E4M3": 1}
+    dtype = rng.choice([info["dtype"], *widths])
+    width = widths[dtype]
     if size % width == 0:
         count = size // width
         factor = rng.choice([n for n in (1, 2, 3, 4, 6) if count % n == 0])
-        shape = rng.choice([[count], [factor, count // factor], [1, count], [count, 1, 1, 1], [count, 0][:1], [1] * 7 + [count]])
+        shape = rng.choice([[count], [factor, count // factor], [1, count], [count, 1, 1, 1], [1] * 7 + [count]])
         header[key] = {**info, "dtype": dtype, "shape": shape}
     return joined(header, body)
 
@@ -175,7 +178,8 @@ def odd_values(data, rng):
     raw = bytearray(body)
     key = rng.choice([key for key in header if key != "__metadata__"])
     begin, end = header[key]["data_offsets"]
-    word = rng.choice([b"\x00\x00\xc0\x7f", b"\x00\x00\x80\x7f", b"\xff\xff\xff\x7f", b"\xff\xff\xff\xff", b"\x00\x00\x00\x00"])
+    words = (0x7FC00000, 0x7F800000, 0x7F7FFFFF, 0xFF7FFFFF, 0xFFFFFFFF, 0x00000001, 0)
+    word = struct.pack("<I", rng.choice(words))
     for place in range(begin, end - 3, 4):
         if rng.random() < 0.5:
             raw[place : place + 4] = word
@@ -184,27 +188,31 @@ def odd_values(data, rng):
 
 MUTATIONS = (flip_bits, cut_or_grow, odd_header, odd_metadata, other_key, twice, reshaped, odd_values)
 CASES = 500  # of each mutation
+# A folder that gets the files of failing cases.
+KEEP = os.environ.get("VISLR_KEEP_CASES")
 
 
-def consume(path):
-    """Everything that reads a file; the names of the errors that it gave."""
-    errors = []
-    readings = (examine, read_canonical, read_adapter)
-    for reading in readings:
+def report(path):
+    """What `vislr doctor` prints."""
+    assert len(as_text(examine(path))) < 100_000
+
+
+def worked_on(path, form):
+    """Read, resized, written in a format."""
+    adapter = read_canonical(path)
+    render(resize(adapter, 2).adapter, form, drop=True)
+    render(adapter, form, drop=True)
+
+
+def consume(path, form):
+    """Everything that reads a file; the messages of the named errors that it gave."""
+    said = []
+    for reading in (report, read_adapter, lambda path: worked_on(path, form)):
         try:
-            found = reading(path)
-            if reading is examine:
-                assert len(as_text(found)) < 100_000
-            if reading is read_canonical:
-                resize(found, 2)
-                for form in FORMATS[:4]:
-                    render(found, form, drop=True)
+            reading(path)
         except VislrError as error:
-            assert len(str(error)) < 2000
-            assert "\x1b" not in str(error)
-            assert "\n" not in str(error)
-            errors.append(type(error).__name__)
-    return errors
+            said.append(str(error))
+    return said
 
 
 def test_the_seeds_are_whole(tmp_path):
@@ -224,13 +232,13 @@ def test_mutated_files_give_named_errors_or_adapters(mutation, tmp_path):
         data = mutation(SEEDS[rng.choice(list(SEEDS))], rng)
         path.write_bytes(data)
         try:
-            refused += bool(consume(path))
+            said = consume(path, FORMATS[case % 4])
         except Exception as error:
-            kept = os.environ.get("VISLR_KEEP_CASES")
-            if kept:
-                with open(os.path.join(kept, f"{mutation.__name__}-{case}.safetensors"), "wb") as file:
-                    file.write(data)
+            if KEEP:
+                shutil.copy(path, os.path.join(KEEP, f"{mutation.__name__}-{case}.safetensors"))
             raise AssertionError(f"{mutation.__name__} case {case}: {type(error).__name__}: {error}") from error
+        assert all(len(text) < 2000 and "\x1b" not in text and "\n" not in text for text in said)
+        refused += bool(said)
     assert refused > CASES // 10
     # The files have a few kilobytes; what they claim to have does not count.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
@@ -327,41 +335,99 @@ NASTY = {
     huge_metadata: "header of 16,7.* bytes; expected at most",
     many_keys: "has 65,537 tensors|nests too many",
     long_number: "is no JSON",
-    huge_shape: "of shape .* needs",
+    huge_shape: "of shape .* needs|has the shape",
     huge_empty: "has the shape",
     overlap: "overlaps another",
     gap: "leaves a gap before it",
     escape_in_key: "cannot be printed",
-    path_in_key: "executed.lora_up.weight' is for no family|is for no",
+    path_in_key: r"executed.lora_.* lacks its 'lora_down.weight'",
     number_in_metadata: "__metadata__ is not text to text",
     repeated: "key 'a' is there twice",
     complex_dtype: "is of type 'C64'; expected one of",
 }
 
 
+# Seconds that the slowest machine keeps, and a file that is believed does not.
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("make", NASTY, ids=lambda make: make.__name__)
 def test_nasty_files_are_named(make, tmp_path):
     path = tmp_path / "nasty.safetensors"
     path.write_bytes(make(tmp_path))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.monotonic()
     with pytest.raises(FormatError, match=NASTY[make]) as caught:
         read_canonical(path)
-    for other in (read_adapter, examine):
-        with pytest.raises(FormatError):
-            if "problems" in vars(other(path)) and make is path_in_key:
-                raise FormatError("the doctor says it in its report")
+    with pytest.raises(FormatError):
+        read_adapter(path)
+    if make is path_in_key:
+        assert examine(path).traits["unplaced"] == 1
+    else:
+        with pytest.raises(FormatError, match=NASTY[make]):
+            examine(path)
     assert "\x1b" not in str(caught.value)
     assert "\n" not in str(caught.value)
-    # Bounds that a slow machine keeps, and a file that is believed does not.
-    assert time.monotonic() - started < 30
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 * 1024
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.timeout(120)
+def test_tens_of_thousands_of_strays(tmp_path):
+    """Every key unknown, each beside a list of as many sites: work that grows with the square would take hours."""
+    metadata = taken_apart(SEEDS["vislr"])[0]["__metadata__"]
+    manifest = json.loads(metadata["vislr.manifest"])
+    manifest["sites"] = {f"unet.mid_block.attentions.{n}.proj_in": "lora" for n in range(20_000)}
+    info = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    header = {f"unet.mid_block.attention.{n}.proj_in.lora_up.weight": {**info, "data_offsets": [4 * n, 4 * n + 4]}
+              for n in range(20_000)}  # fmt: skip
+    header["__metadata__"] = {**metadata, "vislr.manifest": json.dumps(manifest)}
+    path = tmp_path / "strays.safetensors"
+    path.write_bytes(joined(header, b"\0" * 80_000))
+    found = examine(path)
+    assert found.traits["unplaced"] == 20_000
+    assert len(found.problems) < 20
+    with pytest.raises(FormatError, match="belongs to no layer"):
+        read_canonical(path)
+
+
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "tucker", "sara"])
+def test_a_small_file_cannot_stand_for_a_huge_matrix(kind, tmp_path):
+    """Every one of these is below 3 MB and would need gigabytes or terabytes if its product were formed."""
+    n = 2**17
+    key = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q."
+    tensors = {
+        "lora": {"lora_down.weight": torch.ones(1, n), "lora_up.weight": torch.ones(n, 1)},
+        "loha": {f"hada_w{i}_{s}": torch.ones(*((n, 1) if s == "a" else (1, n))) for i in "12" for s in "ab"},
+        "lokr": {"lokr_w1": torch.ones(700, 700), "lokr_w2": torch.ones(700, 700)},
+        "tucker": {"lora_down.weight": torch.ones(n, 1, 1, 1), "lora_mid.weight": torch.ones(1, n, 1, 1),
+                   "lora_up.weight": torch.ones(n, 1, 1, 1)},
+        "sara": {"sara_index": torch.zeros(1, dtype=torch.int32), "sara_delta": torch.zeros(1),
+                 "sara_shape": torch.tensor([2**20, 2**20])},
+    }[kind]  # fmt: skip
+    path = tmp_path / "huge.safetensors"
+    path.write_bytes(save({key + suffix: tensor for suffix, tensor in tensors.items()}))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(FormatError, match=r"would change a weight of|has the shape"):
+        read_canonical(path)
+    assert examine(path).traits["unplaced"] > 0
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
+
+
+def test_a_loha_of_huge_rank_is_worked_on_as_a_matrix(tmp_path):
+    rank = 3000  # its exact LoRA would have rank 9,000,000
+    key = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q."
+    tensors = {f"hada_w{i}_{s}": values(*((8, rank) if s == "a" else (rank, 8))) for i in "12" for s in "ab"}
+    path = tmp_path / "loha.safetensors"
+    path.write_bytes(save({key + suffix: tensor for suffix, tensor in tensors.items()}))
+    adapter = read_canonical(path)
+    entry = next(iter(adapter.entries.values()))
+    expected = entry.delta(dtype=torch.float64)
+    made = next(iter(resize(adapter, 8).adapter.entries.values())).delta(dtype=torch.float64)
+    assert float((made - expected).norm() / expected.norm()) < 1e-5
+    assert examine(path).layers == {Q: pytest.approx(float(expected.norm()), rel=1e-5)}
+
+
 def test_a_sparse_file_larger_than_memory_is_refused_unread(tmp_path):
     path = tmp_path / "sparse.safetensors"
-    size = 2**46
+    size = 2**40
     header = json.dumps({"a.lora_up.weight": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header)
     try:
@@ -369,7 +435,7 @@ def test_a_sparse_file_larger_than_memory_is_refused_unread(tmp_path):
     except OSError:
         pytest.skip("this file system has no files of that size")
     assert read_header(path).size == size
-    with pytest.raises(FormatError, match="this machine's memory is"):
+    with pytest.raises(FormatError, match="holds 1024.0 GiB; this machine"):
         read_tensors(path)
 
 

@@ -12,7 +12,8 @@ NARROW = 64
 # Names of each family: whole q/k/v groups and lone parts of groups, convs, both ends, text encoders.
 SITES = {
     "sd15": ["unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "unet.up_blocks.1.upsamplers.0.conv",
-             "unet.down_blocks.1.resnets.0.conv1", "unet.mid_block.attentions.0.proj_in", "unet.up_blocks.0.upsamplers.0.conv",
+             "unet.down_blocks.1.resnets.0.conv1", "unet.mid_block.attentions.0.proj_in",
+             "unet.up_blocks.0.upsamplers.0.conv",
              "unet.time_embedding.linear_1", "text_encoder.text_model.encoder.layers.3.self_attn.q_proj"],
     "sd2": ["unet.mid_block.resnets.1.time_emb_proj", "unet.down_blocks.0.downsamplers.0.conv", "unet.conv_out",
             "text_encoder.text_model.encoder.layers.22.mlp.fc1"],
@@ -22,8 +23,10 @@ SITES = {
              "text_encoder.text_model.encoder.layers.0.self_attn.out_proj",
              "text_encoder_2.text_model.encoder.layers.31.mlp.fc2"],
     "sd3": [*(f"transformer.transformer_blocks.0.attn.{part}" for part in ("to_q", "to_k", "to_v")),
-            "transformer.transformer_blocks.1.attn.add_k_proj", "transformer.transformer_blocks.1.ff_context.net.0.proj",
-            "transformer.transformer_blocks.23.norm1_context.linear", "transformer.transformer_blocks.3.norm1_context.linear",
+            "transformer.transformer_blocks.1.attn.add_k_proj",
+            "transformer.transformer_blocks.1.ff_context.net.0.proj",
+            "transformer.transformer_blocks.23.norm1_context.linear",
+            "transformer.transformer_blocks.3.norm1_context.linear",
             "transformer.norm_out.linear", "transformer.pos_embed.proj",
             "text_encoder.text_model.encoder.layers.0.mlp.fc1", "text_encoder_2.text_model.encoder.layers.5.mlp.fc1",
             "text_encoder_3.encoder.block.0.layer.0.SelfAttention.q"],

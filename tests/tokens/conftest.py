@@ -97,6 +97,12 @@ def make_family(name: str) -> Family:
 FAMILIES = ("unet", "sd3", "flux", "pixart", "dit", "vit")
 
 
+@pytest.fixture
+def build() -> Any:
+    """Name -> a family's tiny model."""
+    return make_family
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request) -> Family:
     made = make_family(request.param)

@@ -123,10 +123,9 @@ def test_early_and_late_steps_differ_as_planned(family):
     assert not set(early) & set(family.whole)
     assert set(family.whole) <= set(late)
     if family.name != "unet":
-        blocks = [name for name, _ in family.model.named_modules() if name.split(".")[-1].isdigit()]
-        ends = [blocks[-1]] if family.name != "flux" else ["single_transformer_blocks.1"]
-        assert plan.late[0].until in ends
-        assert plan.early[0].until not in ends, "the last blocks stay whole in early steps"
+        last = "single_transformer_blocks.1" if family.name == "flux" else "transformer_blocks.3"
+        assert plan.late[0].until == last
+        assert plan.early[0].until != last, "the last blocks stay whole in early steps"
     always = at_edm_plan(family.model, keep=0.5, early=1.0)
     never = at_edm_plan(family.model, keep=0.5, early=0.0)
     assert [one.block for one in kept(family, always, LATE)[0]] == early

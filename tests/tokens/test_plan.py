@@ -120,3 +120,9 @@ def test_models_without_tokens_and_without_parts(family):
     if family.name in ("sd3", "flux", "vit"):
         with pytest.raises(VislrError, match=family.name):
             tome_plan(family.model, keep=0.5)
+
+
+def test_a_plan_that_saves_nothing_says_so():
+    unet = tiny_unet()
+    notes = attach(unet, at_edm_plan(unet, keep=1.0)).notes
+    assert any("saves nothing" in note for note in notes)

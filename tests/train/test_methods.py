@@ -1,4 +1,4 @@
-"""Every family, optimiser, storage and kind: what it trains, what it keeps, and that a stopped run goes on bit for bit."""
+"""Every family, optimiser, storage and kind: what it trains and keeps, and that a stopped run goes on bit for bit."""
 
 from __future__ import annotations
 
@@ -41,22 +41,22 @@ BUILD = {
 }
 
 
-def run(model, data, out, *, stop=None, save=False, **changes):
+def run(family, data, out, *, stop=None, save=False, **changes):
     """Trained values by name, the target, the result (None if stopped)."""
     settings = {
         "data": DataConfig(folder=str(data), size=32),
         "output": OutputConfig(folder=str(out), checkpoint_every=0),
         "optim": OptimConfig(batch=4, warmup=2, lr=5e-3),
-        "sample": SampleConfig(steps=1, prompts=["0"] if model == "dit" else ["a cat face"]),
+        "sample": SampleConfig(steps=1, prompts=["0"] if family == "dit" else ["a cat face"]),
         "held_out": HeldOutConfig(every=0, repeats=1),
         "adapter": AdapterSection(r=2),
         "steps": STEPS,
     } | changes
     settings["model"] = settings.get("model", ModelConfig())
     config = TrainConfig(**settings)
-    target = BUILD[model]()
+    target = BUILD[family]()
     torch.manual_seed(0)
-    config.model.base = "timm/x" if model == "dit" else "pipeline"
+    config.model.base = "timm/x" if family == "dit" else "pipeline"
     train, held_out = setup.open_data(config)
     config.model.base = "pipeline"
     setup.attach(config, target)
@@ -64,7 +64,7 @@ def run(model, data, out, *, stop=None, save=False, **changes):
     result = None
     with suppress(Interrupted):
         result = fit(target, "default", config, train, held_out, save_adapter=writer, stop=stop)
-    modules = {"": setup.kind_on and (getattr(target, "unet", None) or target.transformer)}
+    modules = {"": getattr(target, "unet", None) or target.transformer}
     modules |= {name: getattr(target, name) for name in config.adapter.text_encoders}
     values = {
         f"{prefix}.{name}": p.detach().clone()
@@ -75,12 +75,12 @@ def run(model, data, out, *, stop=None, save=False, **changes):
     return values, target, result
 
 
-def goes_on(model, data, tmp_path, **changes):
+def goes_on(family, data, tmp_path, **changes):
     """Trained values, after an unbroken run; a run that is stopped at step 2 and resumed must give the same bits."""
-    whole, target, result = run(model, data, tmp_path / "whole", **changes)
-    run(model, data, tmp_path / "parts", stop=lambda step: step == 2, **changes)
+    whole, target, result = run(family, data, tmp_path / "whole", **changes)
+    run(family, data, tmp_path / "parts", stop=lambda step: step == 2, **changes)
     output = OutputConfig(folder=str(tmp_path / "parts"), checkpoint_every=0, resume=True)
-    parts, _, second = run(model, data, tmp_path / "parts", **(changes | {"output": output}))
+    parts, _, second = run(family, data, tmp_path / "parts", **(changes | {"output": output}))
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert result.history.held_out == second.history.held_out
@@ -101,7 +101,7 @@ def test_a_class_that_the_model_has_not_is_named(pictures, tmp_path):
 
     family = family_of(BUILD["dit"]())
     assert family.encode(["grey", "7"])["label"].tolist() == [1, 7]
-    with pytest.raises(vislr.VislrError, match="no class 'gray1'; did you mean 'gray'"):
+    with pytest.raises(vislr.VislrError, match=r"no class 'gray1'; did you mean 'gray'"):
         family.encode(["gray1"])
 
 
@@ -131,7 +131,7 @@ def test_sara_resumes_after_a_reselection(pictures, tmp_path):
     values, _, _ = goes_on("sd", pictures, tmp_path, adapter=adapter, optim=optim)
     entries = run("sd", pictures, tmp_path / "plain", adapter=AdapterSection(kind="sara", threshold=5e-3))[0]
     assert sum(v.numel() for v in values.values()) < sum(v.numel() for v in entries.values())
-    with pytest.raises(ConfigError, match="held_out.keep must be last"):
+    with pytest.raises(ConfigError, match=r"held_out.keep must be last"):
         run("sd", pictures, tmp_path / "best", adapter=adapter, held_out=HeldOutConfig(keep="best", every=1))
 
 
@@ -156,7 +156,7 @@ def test_text_encoders_train_at_their_own_rate(model, pictures, tmp_path):
 
 
 def test_a_text_encoder_that_is_not_there_is_named(pictures, tmp_path):
-    with pytest.raises(ConfigError, match="names 'text_encoder_2'; a StableDiffusionPipeline has none"):
+    with pytest.raises(ConfigError, match=r"names 'text_encoder_2'; a StableDiffusionPipeline has none"):
         run("sd", pictures, tmp_path, adapter=AdapterSection(kind="lora", text_encoders=["text_encoder_2"]))
 
 
@@ -222,9 +222,8 @@ def test_rates_by_block_and_by_text_encoder():
     trainable = {name: torch.nn.Parameter(torch.zeros(1)) for name in names}
     optim = OptimConfig(lr=1e-3, text_lr=1e-4, block_lr=["up_blocks.1=0", "up_blocks.*=0.5", "mid_block=2"])
     groups = {group["factor"]: group["names"] for group in parameter_groups(trainable, optim)}
-    assert groups == {
-        1.0: ["down_blocks.0.a"], 0.5: ["up_blocks.0.a"], 2.0: ["mid_block.a"], pytest.approx(0.1): ["text_encoder.a"],
-    }  # fmt: skip
+    assert list(groups.values()) == [["down_blocks.0.a"], ["up_blocks.0.a"], ["mid_block.a"], ["text_encoder.a"]]
+    assert list(groups) == pytest.approx([1.0, 0.5, 2.0, 0.1])
     assert not trainable["up_blocks.1.a"].requires_grad
     shares = parameter_groups(trainable, OptimConfig(), {"mid_block.a": 0.25})
     assert [group["factor"] for group in shares] == [1.0, 0.25]
@@ -299,8 +298,7 @@ def test_fp8_base(kind, pictures, tmp_path):
     kept = [p for p in target.unet.parameters() if p.dtype == torch.float8_e4m3fn]
     assert sum(p.numel() for p in kept) > 0.9 * sum(p.numel() for p in BUILD["sd"]().unet.parameters())
     assert all(value.dtype == torch.float32 for value in values.values())
-    curve = result.history.held_out["loss"]
-    assert curve[1][1] < curve[0][1]
+    assert 0 < result.history.last("held_out")["drift"] < 1
 
 
 @pytest.mark.parametrize(
@@ -311,7 +309,7 @@ def test_quantised_base(storage, limit, pictures, tmp_path):
     x, t, text = torch.randn(2, 4, 8, 8), torch.tensor([5, 900]), torch.randn(2, 16, 16)
     with torch.no_grad():
         expected = BUILD["sd"]().unet(x, t, text).sample
-    values, target, result = run(
+    values, target, _ = run(
         "sd",
         pictures,
         tmp_path,
@@ -400,7 +398,8 @@ def test_extra_objectives_and_named_parameters(pictures, tmp_path):
     """What distillation needs: parameters without an adapter, rates of their own, another loss."""
     target = BUILD["sd"]()
     config = TrainConfig(
-        data=DataConfig(folder=str(pictures), size=32), output=OutputConfig(folder=str(tmp_path), checkpoint_every=0, log_every=1),
+        data=DataConfig(folder=str(pictures), size=32),
+        output=OutputConfig(folder=str(tmp_path), checkpoint_every=0, log_every=1),
         optim=OptimConfig(batch=4, warmup=0, lr=1e-3), held_out=HeldOutConfig(every=0, repeats=1), steps=2,
         sample=SampleConfig(steps=1),
     )  # fmt: skip

@@ -29,6 +29,9 @@ def content_hash(state: Mapping[str, torch.Tensor], note: str = "") -> str:
     digest = hashlib.sha256()
     for key in sorted(state):
         value = state[key].detach()
+        if type(value) is not torch.Tensor and hasattr(value, "dequantize"):
+            # Quantised tensors of torchao keep codes and scales: their content is what they stand for.
+            value = value.dequantize()
         if value.is_meta:
             raise ModelError(f"'{key}' is on the meta device: a model without values has no content to hash")
         flat = value.cpu().contiguous().reshape(-1).view(torch.uint8)

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 
-from vislr.core.errors import ConfigError, hint
+from vislr.core.errors import AdapterError, ConfigError, hint
 
 METHODS = ("sum", "magnitude", "dare", "ties", "dare_ties")
 Factors = tuple[torch.Tensor, torch.Tensor]
@@ -129,8 +129,14 @@ def svd_of_factors(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, 
     """
     left, small_left = torch.linalg.qr(up.double())
     right, small_right = torch.linalg.qr(down.double().T)
-    u, s, vh = torch.linalg.svd(small_left @ small_right.T, full_matrices=False)
+    u, s, vh = _svd(small_left @ small_right.T)
     return left @ u, s, vh @ right.T
+
+
+def _svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if not bool(torch.isfinite(matrix).all()):
+        raise AdapterError("is changed by values that are not finite, or too large to be decomposed")
+    return torch.linalg.svd(matrix, full_matrices=False)
 
 
 def check_cut(rank: int | None, energy: float | None) -> None:
@@ -195,8 +201,9 @@ def low_rank_of(delta: torch.Tensor, rank: int | None = None, energy: float | No
 
     Raises:
         ConfigError: rank below 1 or energy outside (0, 1].
+        AdapterError: values that are not finite, or overflow.
     """
-    u, s, vh = torch.linalg.svd(wide(delta).flatten(1), full_matrices=False)
+    u, s, vh = _svd(wide(delta).flatten(1))
     return truncated(u, s, vh, rank_for(s, rank, energy))
 
 
@@ -205,6 +212,7 @@ def resized(up: torch.Tensor, down: torch.Tensor, rank: int | None = None, energ
 
     Raises:
         ConfigError: rank below 1 or energy outside (0, 1].
+        AdapterError: values that are not finite, or overflow.
     """
     u, s, vh = svd_of_factors(up, down)
     return truncated(u, s, vh, rank_for(s, rank, energy))

@@ -132,7 +132,7 @@ def list_pictures(root: Path) -> tuple[list[Path], list[Problem]]:
         DataError: there are none.
     """
     found, problems, others = [], [], 0
-    for path in sorted(root.rglob("*"), key=os.fsencode):
+    for path in sorted(root.rglob("*")):
         relative = path.relative_to(root)
         # Resource forks and thumbnails of archives and file managers.
         if any(part.startswith((".", "__MACOSX")) for part in relative.parts):
@@ -275,7 +275,7 @@ def _captioned(
             numbered.append(relative.parts[0])
             times = None
         try:
-            caption = listed.get(path) or _sidecar(path, config.caption_suffix)
+            caption = listed.get(path) or read_sidecar(path, config.caption_suffix)
         except DataError as error:
             problems.append(Problem(name, str(error)))
             continue
@@ -300,7 +300,12 @@ def _captioned(
     return files
 
 
-def _sidecar(path: Path, suffix: str) -> str:
+def read_sidecar(path: Path, suffix: str = ".txt") -> str:
+    """The caption in the file beside a picture; empty if there is none.
+
+    Raises:
+        DataError: it cannot be read; without the picture's name.
+    """
     text = path.with_suffix(suffix)
     try:
         return decode_text(text.read_bytes())

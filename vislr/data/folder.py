@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vislr.core.errors import DataError, hint
-from vislr.data.images import SUFFIXES, open_image
-
-METADATA = "metadata.jsonl"
-_CAPTION_KEYS = ("text", "caption")
+from vislr.data.captions import METADATA, read_metadata, with_trigger
+from vislr.data.files import checked_root, list_pictures, read_sidecar
+from vislr.data.images import open_image
+from vislr.data.pictures import some
 
 
 @dataclass(frozen=True)
@@ -53,19 +52,25 @@ class ImageFolder:
         Raises:
             DataError: not a folder, no pictures, pictures without captions (named), a damaged line.
         """
-        root = _checked_root(root)
-        paths = _pictures(root)
-        listed = _read_metadata(root)
+        root = checked_root(root)
+        paths, _ = list_pictures(root)
+        listed, faults = read_metadata(root)
+        fault = next((fault for fault in faults if fault.fatal), None)
+        if fault is not None:
+            raise DataError(f"in '{root}': {fault.path} {fault.reason}")
         samples, missing = [], []
         for path in paths:
-            caption = listed.get(path) or _sidecar(path)
+            try:
+                caption = listed.get(path) or read_sidecar(path)
+            except DataError as error:
+                raise DataError(f"'{path}' {error}") from error
             if caption:
                 samples.append(Sample(path, caption))
             else:
                 missing.append(path)
         if missing:
             raise DataError(
-                f"{len(missing)} of {len(paths)} pictures in '{root}' have no caption: {_some(missing, root)}; "
+                f"{len(missing)} of {len(paths)} pictures in '{root}' have no caption: {_names(missing, root)}; "
                 f"expected a .txt file of the same name with text, or a line in {METADATA}"
             )
         return cls(root, tuple(samples))
@@ -83,12 +88,12 @@ class ImageFolder:
             DataError: not a folder, no pictures, pictures outside of class folders, fewer than two classes,
                 a class that is not among `classes`.
         """
-        root = _checked_root(root)
-        paths = _pictures(root)
+        root = checked_root(root)
+        paths, _ = list_pictures(root)
         stray = [path for path in paths if path.parent == root]
         if stray:
             raise DataError(
-                f"{len(stray)} of {len(paths)} pictures lie directly in '{root}': {_some(stray, root)}; "
+                f"{len(stray)} of {len(paths)} pictures lie directly in '{root}': {_names(stray, root)}; "
                 "expected one folder for each class"
             )
         found = sorted({path.relative_to(root).parts[0] for path in paths})
@@ -125,7 +130,7 @@ class ImageFolder:
         if len(broken) == 1:
             raise next(result for result in results if isinstance(result, DataError))
         if broken:
-            raise DataError(f"{len(broken)} of {len(self)} pictures cannot be read: {_some(broken, self.root)}")
+            raise DataError(f"{len(broken)} of {len(self)} pictures cannot be read: {_names(broken, self.root)}")
         return min(result for result in results if isinstance(result, int))
 
     def split(self, fraction: float) -> tuple[ImageFolder, ImageFolder]:
@@ -156,11 +161,7 @@ class ImageFolder:
         """The folder with `words` put before every caption that does not hold them."""
         if not words:
             return self
-
-        def caption(text: str) -> str:
-            return text if words.lower() in text.lower() else f"{words}, {text}"
-
-        return replace(self, samples=tuple(replace(s, caption=caption(s.caption)) for s in self.samples))
+        return replace(self, samples=tuple(replace(s, caption=with_trigger(s.caption, words)) for s in self.samples))
 
     def fingerprint(self) -> str:
         """sha256 over names, bytes, captions and labels of all samples, 16 hex digits."""
@@ -172,62 +173,5 @@ class ImageFolder:
         return digest.hexdigest()[:16]
 
 
-def _checked_root(root: str | Path) -> Path:
-    root = Path(root).expanduser()
-    if not root.exists():
-        siblings = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
-        raise DataError(f"there is no folder '{root}'{hint(root.name, siblings) if len(siblings) > 12 else ''}")
-    if not root.is_dir():
-        raise DataError(f"'{root}' is a file; expected a folder of pictures")
-    return root
-
-
-def _pictures(root: Path) -> list[Path]:
-    found = [
-        path
-        for path in sorted(root.rglob("*"))
-        if path.suffix.lower() in SUFFIXES
-        and path.is_file()
-        # Resource forks and thumbnails of archives and file managers.
-        and not any(part.startswith((".", "__MACOSX")) for part in path.relative_to(root).parts)
-    ]
-    if not found:
-        files = sum(path.is_file() for path in root.rglob("*"))
-        raise DataError(f"'{root}' holds no pictures ({files} other files); expected {', '.join(SUFFIXES)}")
-    return found
-
-
-def _sidecar(path: Path) -> str:
-    text = path.with_suffix(".txt")
-    if not text.is_file():
-        return ""
-    try:
-        return " ".join(text.read_text(encoding="utf-8-sig").split())
-    except UnicodeDecodeError as error:
-        raise DataError(f"'{text}' is not UTF-8 text") from error
-
-
-def _read_metadata(root: Path) -> dict[Path, str]:
-    """Captions of every `metadata.jsonl` under `root`, by picture."""
-    captions: dict[Path, str] = {}
-    for file in sorted(root.rglob(METADATA)):
-        for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                name = row["file_name"]
-                caption = next((row[key] for key in _CAPTION_KEYS if key in row), None)
-            except (ValueError, TypeError, KeyError) as error:
-                raise DataError(f"'{file}' line {number} is no JSON object with a 'file_name'") from error
-            if not isinstance(caption, str) or not isinstance(name, str):
-                raise DataError(f"'{file}' line {number} has no text under {' or '.join(map(repr, _CAPTION_KEYS))}")
-            if not (file.parent / name).is_file():
-                raise DataError(f"'{file}' line {number} names '{name}', which is not there")
-            captions[file.parent / name] = " ".join(caption.split())
-    return captions
-
-
-def _some(paths: Iterable[Path], root: Path, count: int = 5) -> str:
-    names = [path.relative_to(root).as_posix() for path in paths]
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+def _names(paths: Iterable[Path], root: Path) -> str:
+    return some([path.relative_to(root).as_posix() for path in paths])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -43,6 +44,8 @@ def find_shards(path: str) -> list[str]:
     Raises:
         DataError: a glob or a remote folder without .tar files; a compressed tar.
     """
+    if "://" not in path:
+        path = os.path.expanduser(path)
     if path.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
         raise DataError(f"'{path}' is compressed; expected a plain .tar, in which pictures can be found by their place")
     found = _RANGE.search(path)
@@ -56,7 +59,7 @@ def find_shards(path: str) -> list[str]:
     if path.endswith(".tar") and "*" not in path:
         return [path]
     if not remote and "*" not in path:
-        folder = Path(path).expanduser()
+        folder = Path(path)
         if not folder.is_dir():
             return []
         names = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]

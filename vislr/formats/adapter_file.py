@@ -136,7 +136,7 @@ def make_manifest(
     if kind == "convlora":
         # Its factors alone do not tell a kernel's axes from channels.
         modules = modules_outside(module)
-        manifest["shapes"] = {site: list(innermost(modules[site]).weight.shape) for site in sites}  # type: ignore[union-attr,arg-type]
+        manifest["shapes"] = {site: list(innermost(modules[site]).weight.shape) for site in sites}  # type: ignore[arg-type]
     if statistics is not None:
         manifest["statistics"] = plain_config(statistics)
     return json.dumps(manifest, sort_keys=True)

@@ -68,7 +68,7 @@ def lokr_w2(t: Tensors, dtype: torch.dtype) -> torch.Tensor:
 def lokr(t: Tensors, dtype: torch.dtype) -> torch.Tensor:
     """(a b, c d, *K) or flat, unscaled. Row-major order makes both the same numbers."""
     w1, w2 = lokr_w1(t, dtype), lokr_w2(t, dtype)
-    return torch.kron(w1.reshape(*w1.shape, *(1,) * (w2.dim() - 2)), w2)
+    return torch.kron(w1.reshape(*w1.shape, *(1,) * (w2.dim() - 2)), w2.contiguous())
 
 
 def convlora(t: Tensors, shape: Shape, dtype: torch.dtype) -> torch.Tensor:

@@ -182,7 +182,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
         tensor = tensor.float()
     # The extremes of a tensor with NaN are NaN: one pass, and no mask of its size.
     low, high = tensor.aminmax()
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
 def _opened(path: Path) -> IO[bytes]:

@@ -222,11 +222,11 @@ def _read_metadata(found: Diagnosis, adapter: CanonicalAdapter, metadata: Mappin
 
 
 def _compare(found: Diagnosis, adapter: CanonicalAdapter, base: Checkpoint) -> None:
-    if adapter.family and base.family and adapter.family != base.family:
-        found.problems.append(f"it is for the family '{adapter.family}', the base is '{base.family}'")
     places = base.weights.places
     missing = [name for name in adapter.entries if name not in places]
     if missing:
+        if adapter.family and base.family and adapter.family != base.family:
+            found.problems.append(f"it is for the family '{adapter.family}', the base is '{base.family}'")
         found.problems.append(
             f"the base has no layer for {len(missing)} of {len(adapter.entries)}, '{shown(missing[0])}' for one"
         )
@@ -241,14 +241,21 @@ def _compare(found: Diagnosis, adapter: CanonicalAdapter, base: Checkpoint) -> N
             f"{adapter.entries[name].shape}, there {places[name].shape}"
         )
     manifest = adapter.manifest
-    if manifest is None or not manifest["base"].get("sha256") or manifest["schema"] != SCHEMA or missing:
+    if manifest is None or manifest["schema"] != SCHEMA or missing or "adabn" in manifest["sites"].values():
         return
-    sites = {name: base.weights[f"{manifest['component']}.{name}".removeprefix(".")] for name in manifest["sites"]}
-    same = content_hash(sites) == manifest["base"]["sha256"]
+    wanted = manifest["base"].get("sha256")
+    dtype = getattr(torch, str(manifest["base"].get("dtype")), None)
+    if not wanted or not isinstance(dtype, torch.dtype):
+        return
+    # Half precision on disk widens exactly to what was trained on.
+    prefix = f"{manifest['component']}." if manifest["component"] else ""
+    weights = {site: base.weights[prefix + site].to(dtype) for site in manifest["sites"] if prefix + site in places}
+    same = content_hash(weights) == wanted
     found.notes.append(
-        "the base is the one that it was made on, bit for bit" if same
-        else "the base has other weights, or another type, than the one that it was made on"
-    )  # fmt: skip
+        "the base is the one that it was made on, bit for bit"
+        if same
+        else "the base has other weights than the one that it was made on"
+    )
 
 
 def _fits(own: tuple[int, ...], base: tuple[int, ...]) -> bool:

@@ -229,7 +229,12 @@ def _prepared(
         raise FormatError("format 'diffusers' is for components of pipelines; use 'vislr', 'peft' or 'kohya'")
     report = Conversion(None, format)
     made: dict[str, Entry] = {}
+    biases = 0
     for name, entry in adapter.entries.items():
+        if drop and format in ("diffusers", "peft") and "diff_b" in entry.tensors and len(entry.tensors) > 1:
+            # The layer's weight has a place; its bias alone has none.
+            entry = Entry(entry.kind, {k: v for k, v in entry.tensors.items() if k != "diff_b"}, entry.shape)
+            biases += 1
         try:
             weight = (weights or {}).get(name)
             if entry.dora and dora != "keep" and weight is None:
@@ -242,6 +247,8 @@ def _prepared(
             continue
         if error:
             report.errors[name] = error
+    if biases:
+        report.notes.append(f"left out, '{format}' cannot hold them: the changes of {biases} biases")
     if report.dropped:
         report.notes.append(f"left out, '{format}' cannot hold them: {len(report.dropped)} layers")
     if not made:

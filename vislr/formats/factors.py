@@ -19,6 +19,7 @@ An exact rank above min(out, in) is brought down to that by SVD, which is exact 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -38,7 +39,7 @@ def scalar(value: float) -> torch.Tensor:
 
 
 def _plus(entry: Entry, tensors: dict[str, torch.Tensor], kind: str) -> Entry:
-    kept = {key: entry.tensors[key] for key in ("dora_scale", "diff_b") if key in entry.tensors}
+    kept = {key: tensor for key, tensor in entry.tensors.items() if key in ("dora_scale", "diff_b")}
     return Entry(kind, {**tensors, **kept}, entry.shape)
 
 
@@ -60,6 +61,8 @@ def squared(entry: Entry) -> Entry:
     """A Tucker LoCon with a square core, padded by zeros; any other entry as it is."""
     t = entry.tensors
     mid = t.get("lora_mid.weight")
+    if mid is not None and mid[0, 0].numel() == 1:
+        return folded(entry)  # LyCORIS knows no core on a 1 x 1 kernel
     if mid is None or mid.shape[0] == mid.shape[1]:
         return entry
     side = max(mid.shape[:2])
@@ -77,7 +80,7 @@ def squared(entry: Entry) -> Entry:
 
 
 def as_tucker(entry: Entry) -> Entry:
-    """A FLoRA layer as a Tucker LoCon, of a linear as a LoRA; any other entry as it is."""
+    """A FLoRA layer as a Tucker LoCon, without kernel as a LoRA; any other entry as it is."""
     if entry.kind != "flora":
         return entry
     t = entry.tensors
@@ -85,10 +88,12 @@ def as_tucker(entry: Entry) -> Entry:
     ones = (1,) * (core.dim() - 2)
     down = inside.T.reshape(inside.shape[1], inside.shape[0], *ones)
     made = {"lora_down.weight": down, "lora_up.weight": out.reshape(*out.shape, *ones)}
-    if ones:
+    if ones and core[0, 0].numel() > 1:
         made["lora_mid.weight"] = core.to(out.dtype)
     else:
-        made["lora_down.weight"] = (core @ down.float()).to(out.dtype)
+        made["lora_down.weight"] = (
+            (core.flatten(1) @ down.flatten(1).float()).reshape(-1, *down.shape[1:]).to(out.dtype)
+        )
     made["alpha"] = scalar(entry.scale * made["lora_down.weight"].shape[0])
     return _plus(entry, made, "lora")
 
@@ -121,6 +126,8 @@ def pair_of(entry: Entry) -> Pair | None:
         return b.reshape(b.shape[0] // k1, -1), torch.block_diag(*[a] * k1)
     if entry.kind == "loha":
         (u1, v1), (u2, v2) = (_loha_pair(t, n) for n in (1, 2))
+        if u1.shape[1] * u2.shape[1] > min(u1.shape[0], v1.shape[1]):
+            return None  # dearer than the matrix itself
         return (u1[:, :, None] * u2[:, None, :]).flatten(1), (v1[:, None, :] * v2[None, :, :]).flatten(0, 1)
     if entry.kind == "lokr":
         (u1, v1), (u2, v2) = _lokr_pair(t, 1), _lokr_pair(t, 2)
@@ -171,6 +178,8 @@ def as_lora(
     if pair is None:
         delta = entry.delta(weight) if baked else entry.product()
         shape = shape or tuple(delta.shape)
+        if len(shape) < 2:
+            raise FormatError("the change of a weight with one axis has no form as LoRA")
         up, down, error = low_rank_of(delta, rank)
         scale = 1.0
     else:
@@ -208,11 +217,24 @@ def _dtype(entry: Entry) -> torch.dtype:
 
 def dims(entry: Entry) -> tuple[int, int]:
     """(out, in) of the layer's weight, in counted with its kernel."""
+    t = entry.tensors
+    if entry.kind == "lora" and entry.shape is None:
+        mid = t.get("lora_mid.weight")
+        kernel = () if mid is None else mid.shape[2:]
+        return t["lora_up.weight"].shape[0], math.prod(t["lora_down.weight"].shape[1:]) * math.prod(kernel)
     shape = entry.shape or _shape_of(entry)
-    rest = 1
-    for size in shape[1:]:
-        rest *= size
-    return shape[0], rest
+    return shape[0], math.prod(shape[1:])
+
+
+def made_dims(entry: Entry) -> tuple[int, int]:
+    """(out, in) as the tensors make them, whatever shape is stated.
+
+    Raises:
+        RuntimeError, FormatError, IndexError, KeyError: the tensors do not go together.
+    """
+    stated = entry.shape if entry.kind == "convlora" else None
+    shape = _shape_of(Entry(entry.kind, entry.tensors, stated))
+    return shape[0], math.prod(shape[1:])
 
 
 # Rows of the output axis: original code bases fuse layers along it.
@@ -273,7 +295,7 @@ def fused(entries: Sequence[Entry | None], sizes: Sequence[int]) -> Entry:
         raise FormatError("layers with DoRA can be fused if all of them have a magnitude per output, and all are there")
     if any(e.kind in ("norm", "adabn", "oft") for e in present):
         raise FormatError(f"layers of kind '{present[0].kind}' cannot be fused")
-    bias = _stacked([e and e.bias_delta() for e in entries], sizes)
+    bias = _stacked([None if e is None else e.bias_delta() for e in entries], sizes)
     if any(e.kind not in LOW_RANK for e in present):
         if doras != {""}:
             raise FormatError("DoRA on one part and another kind on the next cannot be fused")
@@ -284,7 +306,7 @@ def fused(entries: Sequence[Entry | None], sizes: Sequence[int]) -> Entry:
         ]
         return Entry("diff", {"diff": torch.cat(parts)} | ({} if bias is None else {"diff_b": bias}))
     loras = [None if entry is None else as_lora(entry)[0].tensors for entry in entries]
-    scales = [1.0 if e is None else e.scale for e in (t and Entry("lora", t) for t in loras)]
+    scales = [1.0 if t is None else Entry("lora", t).scale for t in loras]
     downs = [t["lora_down.weight"] for t in loras if t is not None]
     scale = next(s for s, t in zip(scales, loras, strict=True) if t is not None)
     ups = [

@@ -54,7 +54,7 @@ FAMILIES: dict[str, Family] = {
         Family("sdxl", "unet", ("sdxl_base_v1-0",), ("stable-diffusion-xl-v1-base/lora",), _TWO,
                {_CLIP.format("l"): "text_encoder", _CLIP.format("g"): "text_encoder_2"}),
         Family("sd3", "transformer", ("medium", "5-medium", "5-large"),
-               ("stable-diffusion-3-medium/lora", "stable-diffusion-3.5-medium/lora", "stable-diffusion-3.5-large/lora"),
+               tuple(f"stable-diffusion-{size}/lora" for size in ("3-medium", "3.5-medium", "3.5-large")),
                {**_TWO, "lora_te3_": "text_encoder_3"},
                {_CLIP.format("l"): "text_encoder", _CLIP.format("g"): "text_encoder_2", _T5: "text_encoder_3"}),
         Family("flux", "transformer", ("flux1",), ("flux-1-dev/lora", "flux-1-schnell/lora"),

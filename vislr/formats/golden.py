@@ -87,8 +87,8 @@ def compress(shapes: Mapping[str, Any]) -> dict[str, Any]:
         numbers = tuple(int(number) for number in _INDEX.findall(name))
         groups.setdefault((_INDEX.sub("#", name), repr(shape)), []).append(numbers)
     found = {}
-    for (template, _), numbers in groups.items():
-        for block in _blocks(sorted(numbers)):
+    for (template, _), rows in groups.items():
+        for block in _blocks(sorted(rows)):
             pattern = template
             for axis in block:
                 text = str(axis[0]) if len(axis) == 1 else "{" + _ranges(axis) + "}"

@@ -34,7 +34,7 @@ from vislr.formats.families import FAMILIES
 _RESOLUTION = {"sd15": "512x512", "sd2": "768x768", "pixart": "1024x1024", "sdxl": "1024x1024", "sd3": "1024x1024",
                "flux": "1024x1024", "dit": "256x256"}  # fmt: skip
 # Windows drives, home folders and absolute paths: everything up to the last separator goes.
-_FOLDERS = re.compile(r"(?:[A-Za-z]:(?:\\\\?|/)|\\\\\\\\|~/|/)(?:[^\\/\"'\n:*?<>|]+(?:\\\\?|/))+")
+_FOLDERS = re.compile(r"(?<![\w.])(?:[A-Za-z]:(?:\\\\?|/)|\\\\\\\\|~/|/)(?:[^\\/\"'\n:*?<>|]+(?:\\\\?|/))+")
 _PERSONAL = ("ss_training_host", "ss_user", "ss_username", "ss_hostname")
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # The order in which safetensors lays tensors out: the last of these first, then by key.
@@ -87,6 +87,6 @@ def hashes(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     for key in ordered:
         tensor = tensors[key].detach().cpu().contiguous()
         if tensor.numel():
-            digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     value = digest.hexdigest()
     return {"sshs_model_hash": value, "modelspec.hash_sha256": f"0x{value}"}

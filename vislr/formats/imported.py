@@ -109,7 +109,8 @@ def _check_layer(layer: Any, site: str, kind: str, shapes: dict[str, list[int]])
         raise AdapterError(f"cannot adapt '{site}', a {type(layer).__name__}: it {why_not(layer)}")
     if norm != (kind == "norm" or (kind == "diff" and len(shapes.get("diff", ())) == 1)) and kind != "diff":
         raise AdapterError(f"the file has a '{kind}' change for '{site}', a {type(layer).__name__}")
-    weight, bias = layer.weight, getattr(layer, "bias", None)
+    weight: Any = layer.weight
+    bias: Any = getattr(layer, "bias", None)
     if any(suffix in shapes for suffix in ("diff_b", "b_norm")) and bias is None:
         raise AdapterError(f"the file changes the bias of '{site}', which has none")
     for suffix in ("diff_b", "b_norm"):
@@ -154,7 +155,9 @@ class ImportedLayer(DeltaLayer):
     """A linear, conv or norm with adapters out of files."""
 
     adapter_layer_names = ("imported_tensors",)
-    other_param_names = (*DeltaLayer.other_param_names, "imported_kinds")
+    other_param_names = (*DeltaLayer.other_param_names, "imported_kinds")  # type: ignore[assignment]
+    imported_tensors: nn.ModuleDict
+    imported_kinds: dict[str, str]
     _bias: torch.Tensor | None = None
 
     def read_geometry(self) -> Geometry:
@@ -166,7 +169,7 @@ class ImportedLayer(DeltaLayer):
         """Make the tensors of adapter `name` for the layer `config.site`: zeros of the config's shapes."""
         if not isinstance(self.imported_tensors, nn.ModuleDict):
             self.imported_tensors = nn.ModuleDict()
-            self.imported_kinds: dict[str, str] = {}
+            self.imported_kinds = {}
         weight, shapes = self._base.weight, config.shapes[config.site]
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.imported_tensors[name] = _Held(
@@ -174,7 +177,7 @@ class ImportedLayer(DeltaLayer):
         )
         self.imported_kinds[name] = config.kinds[config.site]
         self.r[name] = 1
-        self.alpha[name] = 0.0 if "alpha" in shapes else None
+        self.alpha[name] = 0.0 if "alpha" in shapes else None  # type: ignore[assignment]
         self.scaling[name] = self.unit_scale(name)
         self.dropout[name] = 0.0
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -250,7 +253,8 @@ class ImportedLayer(DeltaLayer):
             self._base.bias.data, self._bias = self._bias, None
 
     def _named_tensors(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
-        return self.imported_tensors[name].items()
+        held: Any = self.imported_tensors[name]
+        return held.items()
 
     def file_tensors(self, name: str) -> dict[str, torch.Tensor]:
         """Suffix -> tensor of adapter `name`; `alpha` is a float32 scalar, where the file had one."""
@@ -272,7 +276,7 @@ class ImportedLayer(DeltaLayer):
             raise FormatError(f"sara_shape is {given_shape}; the weight has shape {tuple(self._base.weight.shape)}")
         for key, tensor in self._named_tensors(name):
             tensor.copy_(tensors[key])
-        self.alpha[name] = float(tensors["alpha"]) if "alpha" in tensors else None
+        self.alpha[name] = float(tensors["alpha"]) if "alpha" in tensors else None  # type: ignore[assignment]
 
 
 class ImportedModel(DeltaTuner):
@@ -285,7 +289,7 @@ class ImportedModel(DeltaTuner):
         return list(config.resolve(model).index)
 
     def _place(self, layer: Any, name: str, site: str, parent: nn.Module, attribute: str, target: nn.Module) -> None:
-        config = copy.copy(self.peft_config[name])
+        config: Any = copy.copy(self.peft_config[name])
         config.site = site
         found = next((inner for inner in chain(target) if isinstance(inner, ImportedLayer)), None)
         if found is None:

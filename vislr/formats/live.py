@@ -29,7 +29,7 @@ from vislr.adapters.inject import (
 from vislr.adapters.inject import (
     detach as detach_config,
 )
-from vislr.adapters.targets import peft_is_wrong, innermost, modules_outside
+from vislr.adapters.targets import innermost, modules_outside, peft_is_wrong
 from vislr.core.errors import AdapterError, FormatError, hint
 from vislr.core.registry import Attached
 from vislr.formats.adapter_file import AdapterFile, base_weights
@@ -100,7 +100,7 @@ def canonical_of(target: Any, name: str) -> CanonicalAdapter:
     """
     entries = {}
     for component, module in carrying(target, name).items():
-        kind = kind_of_config(module.peft_config[name])  # type: ignore[index,operator]
+        kind = kind_of_config(module.peft_config[name])  # type: ignore[index]
         for site, layer in adapter_layers(module, name).items():
             shape = tuple(layer.get_base_layer().weight.shape)
             path = _canonical_path(component, site)

@@ -16,6 +16,8 @@ from typing import Any
 from vislr.core.errors import FormatError
 from vislr.formats.canonical import Entry
 
+# CLIP's modules have this prefix in transformers before 5.6 and not after; an ending matches both.
+_CLIP_ROOT = "text_model."
 _PLAIN = re.compile(r"[\w.-]+")
 
 
@@ -78,7 +80,7 @@ def config_values(entries: Mapping[str, Entry]) -> dict[str, Any]:
     return {
         "r": r,
         "lora_alpha": alpha,
-        "target_modules": sorted(entries),
+        "target_modules": sorted(path.removeprefix(_CLIP_ROOT) for path in entries),
         "rank_pattern": {_only(path): rank for path, rank in ranks.items() if rank != r},
         "alpha_pattern": {_only(path): value for path, value in scaled.items() if value != alpha},
         "use_dora": any(entry.dora for entry in entries.values()),
@@ -99,6 +101,8 @@ def _number(value: float) -> float | int:
 
 def _only(path: str) -> str:
     """A pattern that matches this one layer: peft also lets patterns match endings."""
+    if path.startswith(_CLIP_ROOT):
+        return re.escape(path.removeprefix(_CLIP_ROOT))
     return "^" + re.escape(path)
 
 

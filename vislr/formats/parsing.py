@@ -12,10 +12,13 @@ from vislr.core.errors import FormatError, hint
 from vislr.formats import families, layouts, naming, suffixes
 from vislr.formats.canonical import KINDS, CanonicalAdapter, Entry, join_name, split_name
 from vislr.formats.container import is_finite, shown
-from vislr.formats.factors import dims, halves_swapped, take_rows
+from vislr.formats.factors import dims, halves_swapped, made_dims, take_rows
 from vislr.formats.lora_metadata import alphas
 from vislr.formats.manifest import AUX, DIFFUSERS_METADATA, MANIFEST, read_manifest
 
+_MATRICES = ("hada_w", "lokr_w1", "lokr_w2_", "convlora_", "flora_out", "flora_in", "flora_k")
+# The largest weight whose change is computed: a file of a few megabytes can stand for a matrix of terabytes.
+MAX_WEIGHT = 2**28
 INTEGERS = ("sara_index", "sara_shape", "sara_kept", "adabn_count")
 _OWNED = ("format", MANIFEST, DIFFUSERS_METADATA, "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 _NEEDED = {
@@ -93,6 +96,10 @@ def parse(
         if entry is None:
             continue
         entry.shape = _given_shape(manifest, located, entry)
+        reason = _misfit(entry)
+        if reason:
+            reading.complain(keys, reason)
+            continue
         try:
             pieces = split(entry, located.row)
         except FormatError as error:
@@ -104,10 +111,6 @@ def parse(
                 continue
             if name in entries:
                 reading.complain(keys, f"is for '{shown(name)}', which another tensor is for, too")
-                continue
-            reason = _misfit(piece)
-            if reason:
-                reading.complain(keys, reason)
                 continue
             _set_shape(piece, shapes.get(located.component, {}).get(path))
             entries[name] = piece
@@ -141,7 +144,9 @@ def _own_groups(tensors: Mapping[str, torch.Tensor], manifest: dict[str, Any], r
         found = suffixes.cut(key)
         if found is None or found[0] not in sites:
             site = found[0] if found else key
-            reading.complain(key, f"belongs to no layer of this {manifest['kind']} adapter{hint(site, sites)}")
+            # Every hint reads the whole list; a file may have tens of thousands of strays.
+            near = hint(site, sites) if len(reading.unplaced) < 8 else ""
+            reading.complain(key, f"belongs to no layer of this {manifest['kind']} adapter{near}")
             continue
         keys, parts = groups.setdefault(found[0], ([], {}))
         keys.append(key)
@@ -223,9 +228,10 @@ def _fill_from_metadata(located: list[Any], metadata: Mapping[str, str], reading
     if DIFFUSERS_METADATA not in metadata:
         return
     for place, (keys, parts), alpha in alphas(metadata[DIFFUSERS_METADATA], located, reading.where):
-        if "alpha" in parts:
-            reading.complain(keys, f"has an alpha, and {DIFFUSERS_METADATA} gives '{place.paths[0]}' one, too")
-        elif "lora_down.weight" in parts:
+        own = parts.get("alpha")
+        if own is not None and (own.numel() != 1 or abs(float(own) - alpha) > 1e-3 * abs(alpha)):
+            reading.complain(keys, f"has an alpha, and {DIFFUSERS_METADATA} gives '{place.paths[0]}' another")
+        elif own is None and "lora_down.weight" in parts:
             parts["alpha"] = torch.tensor(alpha, dtype=torch.float32)
 
 
@@ -270,6 +276,15 @@ def _key_of(keys: list[str], suffix: str) -> str:
 def _misfit(entry: Entry) -> str:
     """Why the shapes of an entry do not go together, or ""."""
     t = entry.tensors
+    if entry.kind not in ("sara", "adabn", "oft"):
+        sizes = sorted(size for tensor in t.values() for size in tensor.shape[:2])[-2:]
+        core = next((t[key] for key in ("lora_mid.weight", "hada_t1", "lokr_t2", "flora_core") if key in t), None)
+        entries = math.prod(sizes) * (1 if core is None else math.prod(core.shape[2:]))
+        odd = next((key for key in t if key.startswith(_MATRICES) and t[key].dim() != 2), None)
+        if odd is not None:
+            return f"has a '{odd}' of shape {tuple(t[odd].shape)}, expected a matrix"
+        if entries > MAX_WEIGHT:
+            return f"would change a weight of {entries:,} entries; expected at most {MAX_WEIGHT:,}"
     if entry.kind == "lora":
         down, up, mid = t["lora_down.weight"], t["lora_up.weight"], t.get("lora_mid.weight")
         if not 2 <= down.dim() <= 5 or up.dim() < 2 or math.prod(up.shape[2:]) != 1 or not down.shape[0]:
@@ -279,6 +294,10 @@ def _misfit(entry: Entry) -> str:
             return f"has ranks that disagree: {tuple(down.shape)} and {tuple(up.shape)}"
         if mid is not None and (mid.dim() < 3 or math.prod(down.shape[2:]) != 1):
             return f"has a core of shape {tuple(mid.shape)} and a down of {tuple(down.shape)}"
+        if entry.shape is not None:
+            kernel = (down if mid is None else mid).shape[2:]
+            if entry.shape[0] != up.shape[0] or math.prod(entry.shape[1:]) != down.shape[1] * math.prod(kernel):
+                return f"has factors of shapes {tuple(down.shape)} and {tuple(up.shape)} for a weight {entry.shape}"
     elif entry.kind == "norm":
         if any(tensor.dim() != 1 for tensor in t.values()):
             return "is a norm's change and has more than one axis"
@@ -286,9 +305,13 @@ def _misfit(entry: Entry) -> str:
         return _sara_misfit(t)
     elif entry.kind not in ("adabn", "oft", "diff") and not (entry.kind == "convlora" and entry.shape is None):
         try:
-            dims(entry)
-        except (RuntimeError, FormatError, IndexError, KeyError) as error:
+            out, rest = made_dims(entry)
+        except (RuntimeError, FormatError, IndexError, KeyError, ValueError) as error:
             return f"has shapes that do not go together: {shown(error)}"
+        if entry.shape is not None and (out, rest) != (entry.shape[0], math.prod(entry.shape[1:])):
+            return f"makes {(out, rest)} for a weight {entry.shape}"
+        if out * rest > MAX_WEIGHT:
+            return f"would change a weight of {out * rest:,} entries; expected at most {MAX_WEIGHT:,}"
     if "dora_scale" in t:
         out, rest = dims(entry)
         count = t["dora_scale"].numel()
@@ -303,7 +326,7 @@ def _sara_misfit(t: Mapping[str, torch.Tensor]) -> str:
     shape, index, delta = t["sara_shape"].flatten(), t["sara_index"], t["sara_delta"]
     if index.is_floating_point() or shape.is_floating_point() or index.dim() != 1 or index.shape != delta.shape:
         return f"has an index {tuple(index.shape)} and values {tuple(delta.shape)} that disagree"
-    if len(shape) > 5 or bool((shape < 1).any()) or math.prod(int(n) for n in shape) > 2**31:
+    if len(shape) > 5 or bool((shape < 1).any()) or math.prod(int(n) for n in shape) > MAX_WEIGHT:
         return f"has the shape {shown(shape.tolist())}"
     limit = math.prod(int(n) for n in shape) + int(shape[0])
     if len(index) and (int(index.min()) < 0 or int(index.max()) >= limit):

@@ -39,10 +39,6 @@ _PAIR = {
 }
 _OWN = {f".{suffix}": suffix for suffixes in KINDS.values() for suffix in suffixes}
 _ENDINGS: dict[str, str] = {**_PAIR, **dict.fromkeys(MAGNITUDES, "dora_scale"), **_OWN}
-# Longest first: ".alpha" ends nothing else, but ".lora_A" does.
-_ORDERED = sorted(_ENDINGS.items(), key=lambda item: -len(item[0]))
-_LAST = {ending.rpartition(".")[2] for ending in _ENDINGS}
-
 # What LyCORIS, sd-scripts and ComfyUI also write, and what it is.
 UNSUPPORTED = {
     ".oft_diag": "OFT", ".rescale": "OFT", ".oft_R.weight": "OFT", ".boft_R": "BOFT", ".on_input": "(IA)3",
@@ -57,14 +53,19 @@ _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "ou
 
 
 def cut(key: str) -> tuple[str, str, bool] | None:
-    """A key as (module, canonical suffix, whether the tensor is a magnitude in peft's shape); None: no adapter's key."""
-    if key.rpartition(".")[2] not in _LAST:
-        return None
-    for ending, suffix in _ORDERED:
-        if key.endswith(ending):
-            module = key[: -len(ending)]
-            return (_old(module) if ending.startswith("_lora") else module), suffix, ending in MAGNITUDES
-    return None
+    """A key as (module, canonical suffix, whether it is a magnitude in peft's shape); None: no adapter's key."""
+    place = len(key)
+    found = None
+    # Endings have at most four dots; the longest that is known counts.
+    for _ in range(4):
+        place = key.rfind(".", 0, place)
+        if place < 0:
+            break
+        if key[place:] in _ENDINGS:
+            found = key[:place], _ENDINGS[key[place:]], key[place:] in MAGNITUDES
+        elif key[place - 5 : place] == "_lora" and key[place - 5 :] in _ENDINGS:
+            found = _old(key[: place - 5]), _ENDINGS[key[place - 5 :]], False
+    return found
 
 
 def _old(module: str) -> str:

@@ -199,8 +199,14 @@ class _Task:
 
     def layer(self, name: str, parts: list[tuple[Entry, float]]) -> tuple[Entry, LowRank | None]:
         """The entry of one layer, and its truncation; None: exact."""
+        try:
+            return self._layer(name, parts)
+        except AdapterError as error:
+            raise AdapterError(f"'{name}' {error}") from error
+
+    def _layer(self, name: str, parts: list[tuple[Entry, float]]) -> tuple[Entry, LowRank | None]:
         entries = [entry for entry, _ in parts]
-        shape = _shape(name, entries)
+        shape = _shape(entries)
         bias = self.bias(name, parts)
         if any(entry.kind == "norm" for entry in entries):
             return Entry("norm", _present(w_norm=self.mix(name, parts, shape), b_norm=bias), shape), None
@@ -249,14 +255,14 @@ def _delta(name: str, entry: Entry, shape: tuple[int, ...], base: Weights | None
     if entry.dora:
         if base is None or name not in base:
             what = "give the base model's weights" if base is None else f"the base has no weight '{name}'"
-            raise AdapterError(f"'{name}' is DoRA, whose change depends on the base: {what}")
+            raise AdapterError(f"is DoRA, whose change depends on the base: {what}")
         weight = base[name]
         if tuple(weight.shape) != shape:
-            raise AdapterError(f"'{name}' changes a weight {shape}; the base's is {tuple(weight.shape)}")
+            raise AdapterError(f"changes a weight {shape}; the base's is {tuple(weight.shape)}")
     return entry.delta(weight).reshape(shape)
 
 
-def _shape(name: str, entries: Sequence[Entry]) -> tuple[int, ...]:
+def _shape(entries: Sequence[Entry]) -> tuple[int, ...]:
     """The layer's shape; 1 x 1 convs that are stored as matrices count as convs where anyone says so."""
     found = []
     for entry in entries:
@@ -270,7 +276,7 @@ def _shape(name: str, entries: Sequence[Entry]) -> tuple[int, ...]:
     shape = max(found, key=len)
     for other in found:
         if other[0] != shape[0] or math.prod(other) != math.prod(shape):
-            raise AdapterError(f"'{name}' has the shapes {other} and {shape}: the adapters are for different models")
+            raise AdapterError(f"has the shapes {other} and {shape}: the adapters are for different models")
     return shape
 
 

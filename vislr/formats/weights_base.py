@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from vislr import zoo
 from vislr.core.errors import ModelError, hint
 from vislr.formats import naming
 from vislr.formats.canonical import COMPONENTS, join_name
@@ -77,13 +78,15 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
-    """Find the parameters of a folder or file; values are read when they are asked for.
+    """Find the parameters of a folder, a file or an embedded pipeline; values are read when they are asked for.
 
     Raises:
         ModelError: no folder or file, nothing in safetensors, or no parameter with a known place.
         FormatError: a file is damaged.
     """
-    path = Path(path)
+    path, embedded = Path(path), zoo.pipeline_names()
+    if not path.exists() and str(path) in embedded:
+        path = zoo.pipeline_folder(str(path))
     places: dict[str, Place] = {}
     if path.is_dir():
         owners = [name for name in COMPONENTS if (path / name).is_dir()]
@@ -99,6 +102,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
         family, places = _single_file(read_header(path))
     else:
         near = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        near += embedded
         raise ModelError(f"there is no folder or file '{path}'{hint(path.name, near)}")
     weights, biases = (
         {name.removesuffix(end): place for name, place in places.items() if name.endswith(end)}

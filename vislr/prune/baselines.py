@@ -132,7 +132,9 @@ def _bk_tiers(module: Any, inventory: Inventory) -> list[list[str]]:
     """Repeated pairs; the mid stage; then stage by stage from the innermost."""
     if inventory.family != "unet":
         raise ModelError(f"BK-SDM's rule is for UNets of Stable Diffusion; this is a {type(module).__name__}")
-    repeated, mid, stages = [], [], {}
+    repeated: list[str] = []
+    mid: list[str] = []
+    stages: dict[int, list[str]] = {}
     for unit in inventory.units:
         parts = unit.name.split(".")
         if parts[0] == "mid_block":
@@ -190,7 +192,9 @@ def ssd_1b_plan(target: Any) -> LayerPlan:
             chosen |= {n for n in names if n.startswith(prefix) and int(n.removeprefix(prefix)) >= count}
     blocks = sum("transformer_blocks" in name for name in names)
     if inventory.family != "unet" or blocks != 70 or not chosen <= names:
-        raise ModelError(f"SSD-1B's list is for the UNet of SDXL with 70 blocks; this {type(module).__name__} has {blocks}")
+        raise ModelError(
+            f"SSD-1B's list is for the UNet of SDXL with 70 blocks; this {type(module).__name__} has {blocks}"
+        )
     return _listed(module, component, inventory, chosen, "ssd-1b")
 
 

@@ -133,7 +133,7 @@ class Contribution:
             ModelError: the target is no pipeline. ConfigError: no unit is eligible, or no such block.
         """
         if not hasattr(target, "components"):
-            raise ModelError(f"contribution is measured on pictures; expected a pipeline, not a {type(target).__name__}")
+            raise ModelError(f"contribution needs pictures; expected a pipeline, not a {type(target).__name__}")
         module = unwrapped(denoiser_of(target)[1])
         blocks = block_names(module)
         names = [unit.name for unit in inventory.units if self._may_go(unit.name, blocks)]
@@ -204,7 +204,7 @@ class Contribution:
 
 
 class PrototypeQuality:
-    """Quality of pictures of known concepts: the share whose nearest prototype is right, plus their mean likeness to it.
+    """Quality of pictures of known concepts: share whose nearest prototype is right, plus mean likeness to it.
 
     Args:
         concepts: prompt -> the concept that it shows, a name of the gallery.

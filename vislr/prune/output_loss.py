@@ -73,7 +73,9 @@ class OutputLoss:
         training, hashed = module.training, data_hash(batches)
         module.eval()
         try:
-            cost = scoring_cost(inventory, samples_in(batches), samples_in(batches[:1]), timed_forward(module, batches[0]))
+            cost = scoring_cost(
+                inventory, samples_in(batches), samples_in(batches[:1]), timed_forward(module, batches[0])
+            )
             rank, world = processes()
             if self.progress and rank == 0:
                 shared = f" over {world} processes" if world > 1 else ""
@@ -157,7 +159,11 @@ class Additivity:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {"points": [list(p) for p in self.points], "pearson": self.pearson.to_dict(), "slope": self.slope.to_dict()}
+        return {
+            "points": [list(p) for p in self.points],
+            "pearson": self.pearson.to_dict(),
+            "slope": self.slope.to_dict(),
+        }
 
 
 def additivity(

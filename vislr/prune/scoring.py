@@ -245,9 +245,7 @@ def _kept(folder: Path, key: str) -> dict[str, float]:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"'{path}' holds no scores: {error}; expected another folder") from error
         if found != key:
-            raise ConfigError(
-                f"'{folder}' holds scores of another model, of other calibration data or settings; expected another folder"
-            )
+            raise ConfigError(f"'{folder}' holds scores of another model, data or settings; expected another folder")
         values |= own
     return values
 
@@ -276,7 +274,9 @@ def as_batches(module: nn.Module, data: Iterable[Mapping[str, Any]]) -> list[dic
     batches = []
     for batch in data:
         if not isinstance(batch, Mapping):
-            raise DataError(f"calibration data are keyword arguments of the model, a table a batch; got a {type(batch).__name__}")
+            raise DataError(
+                f"calibration data are keyword arguments of the model, a table a batch; got a {type(batch).__name__}"
+            )
         batches.append({key: place(key, value) for key, value in batch.items()})
     if not batches:
         raise DataError("no calibration data: expected at least one batch of the model's keyword arguments")

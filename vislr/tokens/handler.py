@@ -109,6 +109,13 @@ def detach(module: Any, attached: Attached) -> None:
     take_hooks(module, attached.undo["hooked"])
 
 
+def timing(module: Any, attached: Attached) -> tuple[str, ...]:
+    """The measured time without and with the plan, as lines for a report (`vislr.apply(..., measure=True)`)."""
+    from vislr.tokens.timing import time_plan, timing_notes
+
+    return timing_notes(module, time_plan(module))
+
+
 def put_hooks(module: Any, plan: TokenPlan) -> tuple[str, ...]:
     """Check the plan against the model, then hook it; returns the names of the modules that carry a hook.
 

@@ -117,7 +117,7 @@ class BlockHook(ModelHook):
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         work = self.works.get(self.context.phases.get(OWNER, LATE))
-        forward = self.fn_ref.original_forward
+        forward: Any = self.fn_ref.original_forward
         return forward(*args, **kwargs) if work is None else work.run(forward, args, kwargs)
 
 
@@ -131,7 +131,7 @@ class PartHook(ModelHook):
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         route = self.routes.get(self.context.phases.get(OWNER, LATE))
         chosen = None if route is None else route.chosen
-        forward = self.fn_ref.original_forward
+        forward: Any = self.fn_ref.original_forward
         if chosen is None:
             return forward(*args, **kwargs)
         if args:

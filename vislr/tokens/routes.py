@@ -95,8 +95,8 @@ class Route:
         self._take(Selection(keep, source), block)
 
     def _shared(self, scores: torch.Tensor) -> torch.Tensor:
-        if self.plan.guidance == "separate":
-            return scores
+        if self.plan.guidance == "separate" or scores.is_meta:
+            return scores  # on meta only shapes count
         if scores.shape[0] % 2:
             raise ModelError(f"guidance 'shared' needs two halves of a batch; it has {scores.shape[0]} samples")
         return scores.unflatten(0, (2, -1)).mean(0).repeat(2, 1)

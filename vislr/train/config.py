@@ -68,20 +68,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         at_least(1, steps=self.steps, processes=self.processes)
-        if self.output.format == "diffusers" and self.adapter.kind != "lora":
+        if self.output.format == "diffusers" and self.adapter.kind != "lora" and self.init_adapter is None:
             raise ConfigError(f"output.format diffusers holds lora, and adapter.kind is {self.adapter.kind}; use vislr")
         if not self.data.parts():
             raise ConfigError("data.folder is not given; expected a folder of pictures")
         if self.model.base.startswith(("timm/", "torchvision/")):
             self._check_classifier()
-        if self.model.storage in ("int8", "nf4") and self.adapter.kind != "lora":
-            raise ConfigError(
-                f"model.storage {self.model.storage} takes adapter.kind lora, given {self.adapter.kind}; or use fp8"
-            )
-        if self.model.storage == "fp8" and self.adapter.kind == "sara":
+        if self.model.storage != "plain" and self.adapter.kind == "sara":
             raise ConfigError("sara trains the weights themselves; model.storage must be plain")
-        if self.init_adapter is not None and self.adapter.text_encoders:
-            raise ConfigError("init_adapter starts from one file of the denoiser; leave out adapter.text_encoders")
         if self.adapter.reselect_after and self.held_out.keep == "best":
             raise ConfigError("adapter.reselect_after changes what is trained on the way; held_out.keep must be last")
         if not self.output.folder:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -74,7 +76,7 @@ class Diffusion:
         # One encoder for both parts: it is hashed once.
         prefix = {}
         if cache is not None and config.data.cache_latents:
-            prefix = {"weights": content_hash(pipe.vae.state_dict()), "dtype": str(pipe.vae.dtype)}
+            prefix = {"encoder": encoder_hash(pipe.vae), "dtype": str(pipe.vae.dtype)}
 
         def parts(pool: Pool, kept: bool) -> tuple[Source, Latents, bool]:
             source = pool.at(self.size, size_step(pipe), seed=config.seed)
@@ -117,9 +119,14 @@ class Diffusion:
         key: Callable[[str], str] | None = None
         if cache is not None and not trained:
             encoders = [getattr(self.pipe, name, None) for name in _ENCODERS[:3]]
-            weights = [content_hash(encoder.state_dict()) for encoder in encoders if encoder is not None]
-            fixed = {"weights": "+".join(weights), "dtype": str(self.dtype), "family": type(self.family).__name__,
-                     "length": str(sequence_length(self.pipe))}  # fmt: skip
+            tokenizers = [getattr(self.pipe, name.replace("text_encoder", "tokenizer"), None) for name in _ENCODERS[:3]]
+            fixed = {
+                "encoders": "+".join(encoder_hash(one) for one in encoders if one is not None),
+                "tokenizers": "+".join(tokenizer_hash(one) for one in tokenizers if one is not None),
+                "dtype": str(self.dtype),
+                "family": type(self.family).__name__,
+                "length": str(sequence_length(self.pipe)),
+            }
 
             def key(caption: str) -> str:
                 return cache_key("text", caption=caption, **fixed)
@@ -148,7 +155,7 @@ class Diffusion:
                 if latents.cache is not None:
                     latents.cache.put(part["key"], made)
                 else:
-                    latents.table[index] = made
+                    latents.table[part["item"].index] = made
 
     def _latents(self, pixels: torch.Tensor, frame: torch.Tensor, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
         mean, std = self._encode(pixels[None])
@@ -249,7 +256,7 @@ class Diffusion:
         with self._here():
             images = sample_images(
                 self.pipe, self.prompts * len(sample.seeds), [seed for seed in sample.seeds for _ in self.prompts],
-                steps=sample.steps, guidance=sample.guidance, size=self.size,
+                steps=sample.steps, guidance=sample.guidance, size=self.size, batch=min(8, self.config.optim.batch),
             )  # fmt: skip
         count = len(self.prompts)
         return Preview([images[i * count : (i + 1) * count] for i in range(len(sample.seeds))], self.prompts)
@@ -324,6 +331,21 @@ def training_scheduler(scheduler: Any, *, zero_terminal_snr: bool = False) -> An
         raise ModelError("objective.zero_terminal_snr needs a model that predicts v or the image; this predicts noise")
     changes = {"rescale_betas_zero_snr": True} if zero_terminal_snr else {}
     return DDPMScheduler.from_config(scheduler.config, **changes)
+
+
+def encoder_hash(module: Any) -> str:
+    """Of an encoder's weights and of its config: factors and layers that are used change what it gives, too."""
+    config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
+    own = {key: value for key, value in config.items() if not key.startswith("_") and key != "transformers_version"}
+    return content_hash(module.state_dict(), json.dumps(own, sort_keys=True, default=str))
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Of everything that turns a caption into tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    options = json.dumps(tokenizer.init_kwargs, sort_keys=True, default=str)
+    return hashlib.sha256(f"{state} {options} {tokenizer.model_max_length}".encode()).hexdigest()
 
 
 def compute_dtype(model: nn.Module, stored: str) -> torch.dtype:

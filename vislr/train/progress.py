@@ -110,8 +110,8 @@ class Progress:
 
     def keep_if_best(self) -> None:
         """Keep the weights now if their held-out loss is the lowest so far, and training has begun."""
-        best = best_of(self.history.held_out["loss"])[0]
-        if best != self.step or not self.step or not self.accelerator.is_main_process:
+        points = self._trained_losses()
+        if not points or best_of(points)[0] != self.step or not self.accelerator.is_main_process:
             return
         if self.config.held_out.keep == "best":
             with self.shown():
@@ -119,12 +119,15 @@ class Progress:
         if self.save_adapter is not None:
             self._save_shown(self.folder / BEST_ADAPTER)
 
+    def _trained_losses(self) -> list[tuple[int, float]]:
+        """Held-out losses of trained weights: those of step 0 are the base's, which are no result."""
+        return [point for point in self.history.held_out.get("loss", []) if point[0] > 0]
+
     @torch.no_grad()
     def finish(self) -> int:
         """Put the weights that are the result in place: the best, the average, or the last. Gives their step."""
         kept = self.step
-        # The loss before training stands at step 0: those weights are the base's, and are no result.
-        points = [point for point in self.history.held_out.get("loss", []) if point[0] > 0]
+        points = self._trained_losses()
         if self.config.held_out.keep == "best" and points:
             kept = best_of(points)[0]
         self.accelerator.wait_for_everyone()

@@ -22,6 +22,19 @@ def _quiet(pipe: Any) -> Iterator[None]:
         pipe._progress_bar_config = before
 
 
+@contextlib.contextmanager
+def _sliced(pipe: Any, size: int | None) -> Iterator[None]:
+    """Large pictures leave the VAE one by one: a batch of them would need more memory than training."""
+    on = (size or 0) >= 512 and hasattr(pipe.vae, "enable_slicing") and not pipe.vae.use_slicing
+    if on:
+        pipe.vae.enable_slicing()
+    try:
+        yield
+    finally:
+        if on:
+            pipe.vae.disable_slicing()
+
+
 def sample_images(
     pipe: Any,
     prompts: Sequence[str],
@@ -58,7 +71,7 @@ def sample_images(
         options |= {"use_resolution_binning": False, "clean_caption": False}
     images: list[Image.Image] = []
     pairs = list(zip(prompts, seeds, strict=True))
-    with _quiet(pipe), torch.no_grad():
+    with _quiet(pipe), _sliced(pipe, size), torch.no_grad():
         for start in range(0, len(pairs), batch):
             part = pairs[start : start + batch]
             rngs = [torch.Generator("cpu").manual_seed(seed) for _, seed in part]

@@ -21,7 +21,7 @@ class ModelConfig:
     """Number type of the frozen weights. The adapter is always float32."""
     storage: Literal["plain", "fp8", "int8", "nf4"] = "plain"
     """How the denoiser's frozen linears are kept: plain (as dtype says), fp8 (cast to dtype while they are used),
-    int8 (torchao) or nf4 (bitsandbytes). int8 and nf4 take lora."""
+    int8 (torchao) or nf4 (bitsandbytes)."""
     pretrained: bool = True
     """Classifiers: fetch the pretrained weights. False starts from random ones."""
     checkpointing: bool = False
@@ -186,8 +186,9 @@ class OutputConfig:
 
     folder: str = ""
     """The result's folder. Must be given."""
-    format: Literal["vislr", "diffusers"] = "vislr"
-    """Layout of adapter.safetensors: vislr holds every kind; diffusers is for lora and `load_lora_weights`."""
+    format: Literal["vislr", "diffusers", "kohya", "comfy"] = "vislr"
+    """Layout of adapter.safetensors: vislr holds every kind exactly; diffusers is for lora and `load_lora_weights`;
+    kohya (A1111, ComfyUI, sd-scripts) and comfy hold what they have a form for."""
     checkpoint_every: int = 200
     """Steps between two checkpoints; 0: only when stopped."""
     keep: int = 2

@@ -84,7 +84,7 @@ class Adapted:
         seconds: since the start or the resume.
     """
 
-    trials: dict[Variant, Trial]
+    trials: dict[str, Trial]
     source: Outcome
     transductive: bool
     source_shared: bool
@@ -255,7 +255,7 @@ class _Run:
         attached = attach(self.model, AdaBnConfig(mode=self.config.statistics.mode), "source")
         adapt_statistics(self.model, self._parts(self.source.spread(self.config.statistics.examples)))
         layers = [layer for _, layer in tuner_layers(self.model) if isinstance(layer, AdaBnLayer)]
-        found = [(layer.get_base_layer(), layer.statistics("source")) for layer in layers]
+        found: list[tuple[Any, Any]] = [(layer.get_base_layer(), layer.statistics("source")) for layer in layers]
         detach(self.model, attached)
         for norm, statistics in found:
             norm.running_mean.copy_(statistics.mean)
@@ -293,8 +293,8 @@ class _Run:
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                total += float(loss)
-                told(float(loss))
+                total += loss.item()
+                told(loss.item())
             return {"loss": total / len(parts)}
 
         self.stages.run(name.replace(" ", "-"), parameters | buffers, optimizer, settings.epochs, len(parts), epoch)
@@ -388,8 +388,8 @@ class _Run:
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
-                    total += float(loss)
-                    told(float(loss))
+                    total += loss.item()
+                    told(loss.item())
             self.model.eval()
             if norms and not ema:
                 adapt_statistics(self.model, statistics, name="target")

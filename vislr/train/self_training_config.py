@@ -6,27 +6,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vislr.core.errors import ConfigError
+from vislr.train.checks import above_zero, at_least, share
 
 Variant = Literal["source", "adabn", "convlora", "both"]
-VARIANTS = ("source", "adabn", "convlora", "both")
-
-
-def _at_least(low: float, **values: float | None) -> None:
-    for name, value in values.items():
-        if value is not None and not value >= low:
-            raise ConfigError(f"{name.replace('__', '.')} is {value}; expected {low} or more")
-
-
-def _above_zero(**values: float | None) -> None:
-    for name, value in values.items():
-        if value is not None and not value > 0:
-            raise ConfigError(f"{name.replace('__', '.')} is {value}; expected more than 0")
-
-
-def _share(**values: float) -> None:
-    for name, value in values.items():
-        if not 0 <= value < 1:
-            raise ConfigError(f"{name.replace('__', '.')} is {value}; expected 0 or more and less than 1")
+VARIANTS: tuple[Variant, ...] = ("source", "adabn", "convlora", "both")
 
 
 @dataclass
@@ -44,7 +27,7 @@ class NetConfig:
     """Side of the square pictures or slices in pixels."""
 
     def __post_init__(self) -> None:
-        _at_least(16, model__size=self.size)
+        at_least(16, model__size=self.size)
 
 
 @dataclass
@@ -62,7 +45,7 @@ class DomainConfig:
     figures are taken on what was trained on, and the report says so."""
 
     def __post_init__(self) -> None:
-        _share(held_out=self.held_out)
+        share(held_out=self.held_out)
 
 
 @dataclass
@@ -79,8 +62,8 @@ class SliceConfig:
     def __post_init__(self) -> None:
         if self.axis not in (0, 1, 2):
             raise ConfigError(f"slices.axis is {self.axis}; expected 0, 1 or 2")
-        _share(slices__foreground=self.foreground)
-        _at_least(0, slices__tolerance=self.tolerance)
+        share(slices__foreground=self.foreground)
+        at_least(0, slices__tolerance=self.tolerance)
 
 
 @dataclass
@@ -96,8 +79,8 @@ class SourceTrainingConfig:
     """Adam's learning rate."""
 
     def __post_init__(self) -> None:
-        _at_least(0, training__epochs=self.epochs)
-        _above_zero(training__lr=self.lr)
+        at_least(0, training__epochs=self.epochs)
+        above_zero(training__lr=self.lr)
 
 
 @dataclass
@@ -112,8 +95,8 @@ class EarlyHeadConfig:
     """Adam's learning rate."""
 
     def __post_init__(self) -> None:
-        _at_least(1, early_head__epochs=self.epochs)
-        _above_zero(early_head__lr=self.lr)
+        at_least(1, early_head__epochs=self.epochs)
+        above_zero(early_head__lr=self.lr)
 
 
 @dataclass
@@ -128,8 +111,8 @@ class ShiftAdapterConfig:
     """Layers: names or their endings; null: every conv and linear that is computed before the early head's layer."""
 
     def __post_init__(self) -> None:
-        _at_least(1, adapter__r=self.r)
-        _above_zero(adapter__alpha=self.alpha)
+        at_least(1, adapter__r=self.r)
+        above_zero(adapter__alpha=self.alpha)
         if self.target_modules is not None and not self.target_modules:
             raise ConfigError("adapter.target_modules is an empty list; give names, or null")
 
@@ -145,7 +128,7 @@ class StatisticsConfig:
     """Examples of the target that they are taken from, evenly spread; 0: all. Exact ones cost many passes."""
 
     def __post_init__(self) -> None:
-        _at_least(0, statistics__examples=self.examples)
+        at_least(0, statistics__examples=self.examples)
 
 
 @dataclass
@@ -162,8 +145,8 @@ class SelfTrainingConfig:
     """The model's own output is a fixed target. False: gradient flows through it too, as in the authors' code."""
 
     def __post_init__(self) -> None:
-        _at_least(1, adaptation__epochs=self.epochs)
-        _above_zero(adaptation__lr=self.lr)
+        at_least(1, adaptation__epochs=self.epochs)
+        above_zero(adaptation__lr=self.lr)
         if "source" not in self.variants:
             raise ConfigError("adaptation.variants lacks 'source', which the others are compared with")
         if len(set(self.variants)) != len(self.variants):
@@ -223,7 +206,7 @@ class AdaptConfig:
 
     def __post_init__(self) -> None:
         # A batch of one gives BatchNorm no variance.
-        _at_least(2, batch=self.batch)
+        at_least(2, batch=self.batch)
         for name, domain in (("source", self.source), ("target", self.target)):
             if not domain.data:
                 raise ConfigError(f"{name}.data is not given; expected a folder or files")

@@ -130,7 +130,7 @@ def read_pictures(config: DomainConfig, size: int, classes: tuple[str, ...] | No
         classes = folder.classes
     else:
         paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        truth = None  # type: ignore[assignment]
+        truth = None
         if not paths:
             raise DataError(f"'{root}' holds no pictures; expected {', '.join(SUFFIXES)}")
     inputs = torch.stack([to_tensor(square(open_image(path), size)) for path in paths])
@@ -222,7 +222,7 @@ def _volume(path: Path) -> tuple[np.ndarray, tuple[float, float, float], np.ndar
             with np.load(path, allow_pickle=False) as arrays:
                 if "image" not in arrays:
                     raise DataError(f"'{path}' holds {', '.join(arrays) or 'nothing'}; expected an array 'image'")
-                values, mask = arrays["image"], arrays["mask"] if "mask" in arrays else None
+                values, mask = arrays["image"], arrays.get("mask")
                 if "spacing" in arrays:
                     spacing = tuple(float(one) for one in arrays["spacing"])  # type: ignore[assignment]
         elif name.endswith(".npy"):

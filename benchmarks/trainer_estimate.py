@@ -1,0 +1,166 @@
+"""Does `vislr estimate` tell the truth? Its memory against the measured increment over the process after import.
+
+    OMP_NUM_THREADS=2 python benchmarks/trainer_estimate.py                 # SD1.5-shaped, float32: about 8 GB, minutes
+    OMP_NUM_THREADS=1 python benchmarks/trainer_estimate.py --width 64      # the same with a fifth of the channels
+
+A StableDiffusionPipeline of random weights is trained for two steps in a process of its own, by `fit`; the peak of
+its resident set less what it held after the imports is compared with the estimate of the same config. The estimated
+time of a step is compared with the second one's. Writes a record with --record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from vislr.measure import Measurement, write_record
+from vislr.train.config import TrainConfig
+
+GIB = 2**30
+
+
+def config_of(a: argparse.Namespace, folder: str) -> TrainConfig:
+    from vislr.train import (
+        AdapterSection,
+        DataConfig,
+        HeldOutConfig,
+        ModelConfig,
+        OptimConfig,
+        OutputConfig,
+        SampleConfig,
+    )  # fmt: skip
+
+    return TrainConfig(
+        model=ModelConfig(checkpointing=a.checkpointing), data=DataConfig(folder=f"{folder}/images", size=a.size),
+        held_out=HeldOutConfig(fraction=0.0, every=0), adapter=AdapterSection(kind=a.kind, r=4),
+        optim=OptimConfig(batch=a.batch, warmup=0), sample=SampleConfig(prompts=["a cat"], steps=1, guidance=2.0),
+        output=OutputConfig(folder=f"{folder}/run", checkpoint_every=0), steps=2,
+    )  # fmt: skip
+
+
+def components(width: int) -> dict:
+    """UNet of SD1.5's shape (width 320 in place of `width`), its VAE and CLIP-L's text model."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    channels = (width, 2 * width, 4 * width, 4 * width)
+    text = CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                          num_attention_heads=12, projection_dim=768)  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8,
+                                block_out_channels=channels)  # fmt: skip
+    return {"unet": unet, "vae": vae, "text_encoder": CLIPTextModel(text)}
+
+
+def child(a: argparse.Namespace) -> None:
+    """Train, and print what it took."""
+    import matplotlib.backends.backend_agg  # noqa: F401
+    import torch
+    import torch.utils.tensorboard
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    import vislr
+    import vislr.adapters
+    from vislr.pipelines import training_setup as setup
+    from vislr.train import fit
+    from vislr.zoo.vocabulary import build_tokenizer
+
+    def held(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+    config = config_of(a, a.child)
+    # What every process pays once for its first operation is import, not training.
+    torch.nn.functional.conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3))
+    before = held("VmRSS")
+    parts = components(a.width)
+    for part in parts.values():
+        part.eval().requires_grad_(False)
+    tokenizer = build_tokenizer(["a cat"])
+    pipe = StableDiffusionPipeline(**parts, tokenizer=tokenizer, scheduler=DDIMScheduler(), safety_checker=None,
+                                   feature_extractor=None, requires_safety_checker=False)  # fmt: skip
+    loaded = held("VmRSS")
+    vislr.apply(pipe, config.adapter.to_change())
+    Path("/proc/self/clear_refs").write_text("5")
+    train, held_out = setup.open_data(config)
+    marks: list[float] = []
+
+    def stop(step: int) -> bool:
+        import time
+
+        marks.append(time.perf_counter())
+        return False
+
+    result = fit(pipe, "default", config, train, held_out, stop=stop)
+    print(json.dumps({"before": before, "loaded": loaded, "peak": held("VmHWM"), "step": result.seconds / 2}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--width", type=int, default=320, help="channels of the first level; SD1.5 has 320")
+    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--kind", default="lora")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--record", action="store_true")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    if a.child:
+        child(a)
+        return
+    import torch
+
+    from vislr import zoo
+    from vislr.adapters import attach
+    from vislr.train.estimates import estimate_run
+
+    with tempfile.TemporaryDirectory() as folder:
+        zoo.export(f"{folder}/images", zoo.images(style="noto")[:4])
+        arguments = [word for word in sys.argv[1:] if word != "--record"]
+        done = subprocess.run([sys.executable, __file__, *arguments, "--child", folder], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stderr[-3000:])
+        measured = json.loads(done.stdout.splitlines()[-1])
+        config = config_of(a, folder)
+        with torch.device("meta"):
+            parts = components(a.width)
+        for part in parts.values():
+            part.requires_grad_(False)
+        unet = parts.pop("unet")
+        attach(unet, config.adapter.to_change())
+        side = a.size // 8
+        estimate = estimate_run({"": unet}, parts, config, size={"height": side, "width": side},
+                                device=torch.device("cpu"), timed=True)  # fmt: skip
+    increment = measured["peak"] - measured["before"]
+    error = estimate.total / increment - 1
+    lines = [
+        str(estimate),
+        f"measured: {increment / GIB:.3f} GiB over the process after import "
+        f"({(measured['loaded'] - measured['before']) / GIB:.3f} after the weights), {measured['step']:.2f} s a step",
+        f"estimated: {estimate.total / GIB:.3f} GiB, {error:+.1%}",
+    ]
+    log = "\n".join(lines) + "\n"
+    print(log, end="")
+    if a.record:
+        settings = {"width": a.width, "size": a.size, "batch": a.batch, "kind": a.kind,
+                    "checkpointing": a.checkpointing, "threads": torch.get_num_threads()}  # fmt: skip
+        note = "one run"
+        figures = {
+            "measured increment": Measurement(increment / GIB, None, 1, 0, "GiB", note, "", settings),
+            "estimated": Measurement(estimate.total / GIB, None, 1, 0, "GiB", note, "", settings),
+            "error": Measurement(error, None, 1, 0, "ratio", "estimated over measured, less 1", "", settings),
+        }
+        name = f"estimate-against-measured-width{a.width}" + ("-checkpointing" if a.checkpointing else "")
+        command = "python benchmarks/trainer_estimate.py " + " ".join(sys.argv[1:])
+        print(write_record(name, figures, log=log, command=command, seed=0))
+
+
+if __name__ == "__main__":
+    main()
