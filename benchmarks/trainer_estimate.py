@@ -1,7 +1,7 @@
 """Does `vislr estimate` tell the truth? Its memory against the measured increment over the process after import.
 
-    OMP_NUM_THREADS=2 python benchmarks/trainer_estimate.py                 # SD1.5-shaped, float32: about 8 GB, minutes
-    OMP_NUM_THREADS=1 python benchmarks/trainer_estimate.py --width 64      # the same with a fifth of the channels
+    OMP_NUM_THREADS=2 python -P benchmarks/trainer_estimate.py              # SD1.5-shaped, float32: about 8 GB, minutes
+    OMP_NUM_THREADS=1 python -P benchmarks/trainer_estimate.py --width 64   # the same with a fifth of the channels
 
 A StableDiffusionPipeline of random weights is trained for two steps in a process of its own, by `fit`; the peak of
 its resident set less what it held after the imports is compared with the estimate of the same config. The estimated
@@ -124,7 +124,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         zoo.export(f"{folder}/images", zoo.images(style="noto")[:4])
         arguments = [word for word in sys.argv[1:] if word != "--record"]
-        done = subprocess.run([sys.executable, __file__, *arguments, "--child", folder], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-P", __file__, *arguments, "--child", folder], capture_output=True, text=True
+        )
         if done.returncode:
             sys.exit(done.stderr[-3000:])
         measured = json.loads(done.stdout.splitlines()[-1])
@@ -158,7 +160,7 @@ def main() -> None:
             "error": Measurement(error, None, 1, 0, "ratio", "estimated over measured, less 1", "", settings),
         }
         name = f"estimate-against-measured-width{a.width}" + ("-checkpointing" if a.checkpointing else "")
-        command = "python benchmarks/trainer_estimate.py " + " ".join(sys.argv[1:])
+        command = "python -P benchmarks/trainer_estimate.py " + " ".join(sys.argv[1:])
         print(write_record(name, figures, log=log, command=command, seed=0))
 
 

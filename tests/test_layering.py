@@ -18,6 +18,7 @@ FLOORS = (
     ("record",),
     ("recipe",),
     ("folders",),
+    ("exporting", "replaying"),
     ("pipelines",),
     ("cli", "demos", "configs"),
     ("__main__",),

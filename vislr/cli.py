@@ -13,7 +13,10 @@ from vislr.core.errors import ConfigError, hint
 VERBS = {
     "describe": ("vislr.pipelines.describe", "list a model's sites: layers, units, shapes, parameters, FLOPs"),
     "train": ("vislr.pipelines.train_adapter", "train an adapter on a folder of images"),
-    "adapt-domain": ("vislr.pipelines.adapt_domain", "adapt a classifier or a segmentation model to a domain without labels"),
+    "adapt-domain": (
+        "vislr.pipelines.adapt_domain",
+        "adapt a classifier or a segmentation model to a domain without labels",
+    ),
     "tokens": ("vislr.pipelines.tokens", "prune tokens: a plan for a budget, what it saves and what it keeps"),
     "estimate": ("vislr.pipelines.estimate", "what a training run needs: memory, time, files; does it fit"),
     "prune": ("vislr.pipelines.prune", "remove layers of a pipeline and let it recover by distillation"),

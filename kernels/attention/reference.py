@@ -48,6 +48,13 @@ def attention_with_lse(
         rows = [t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v)]
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*rows, scale=scale)
         return out, lse.detach()
+    return plain_attention(q, k, v, scale)
+
+
+def plain_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attention_with_lse` by the formula, query block by query block, on any device."""
     acc = accumulator(q.dtype)
     keys, values = k.to(acc).mT, v.to(acc)
     outs, sums = [], []

@@ -82,8 +82,25 @@ def test_cost_decides_between_chain_and_dense():
     # 18 maps for 8 outputs: the delta itself is cheaper, unless there is next to nothing to convolve.
     assert not use_chain(narrow, 2, 1000)
     assert use_chain(geometry_of(nn.Linear(64, 64)), 4, 1)
-    # A depthwise conv cannot be cut along its one input channel.
+    # A depthwise conv has nothing to gain: its delta is as small as the maps are many.
     assert not use_chain(geometry_of(nn.Conv2d(8, 8, 3, groups=8)), 1, 1000)
+
+
+@pytest.mark.parametrize(("inside", "k"), [(320, 3), (4, 3), (7, 5), (3, 7)])
+def test_pieces_that_begin_inside_of_a_channels_kernel(inside, k):
+    """The sizes of Stable Diffusion (320, 640, 1280) are no multiples of 3: their chain has a conv a piece."""
+    geometry = geometry_of(nn.Conv2d(inside, 6, k, padding=k // 2))
+    A, B = factors(geometry.shape, 2)
+    x = torch.randn(2, inside, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with torch.profiler.profile(record_shapes=True) as profile:
+        found = chain_forward(x, A, B, 0.5, geometry)
+    expected = nn.functional.conv2d(x, delta_weight(A, B, geometry.shape, 0.5), padding=k // 2)
+    assert torch.allclose(found, expected, rtol=1e-9, atol=1e-9)
+    kernels = [event.input_shapes[1] for event in profile.events() if event.name == "aten::conv2d"]
+    # Each sees a k-th of the channels and the one that it shares, none all of them; then the mixing 1x1.
+    assert len(kernels) == k + 1
+    assert max(shape[1] for shape in kernels[:-1]) <= inside // k + 2
+    assert use_chain(geometry_of(nn.Conv2d(320, 320, 3)), 2, 1024)
 
 
 def test_chain_makes_no_grouped_conv():

@@ -148,7 +148,7 @@ print(read, peak() - before)
 
 @pytest.mark.slow
 def test_an_sdxl_sized_file_is_converted_in_the_memory_of_two_copies(kohya, tmp_path):
-    """The real key list at rank 32 in half precision, 218 MB: the linears of all attentions, feed-forwards, encoders."""
+    """The real key list at rank 32 in half precision, 218 MB: linears of attentions, feed-forwards, encoders."""
     import subprocess
     import sys
 

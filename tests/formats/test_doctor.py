@@ -528,6 +528,9 @@ def test_the_command(folder, tmp_path, capsys):
     assert "refuses" in said
     assert f"fix: vislr convert {path} " in said
     assert (tmp_path / "p.png").stat().st_size > 1000
+    shipped = ["--config", "doctor.yaml", "--picture", str(tmp_path / "q.png")]
+    assert main(["doctor", str(path), *shipped]) == 0
+    assert "the base has no layer for" not in capsys.readouterr().out
     assert main(["doctor", str(path), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["traits"]["loha"] == 1

@@ -435,7 +435,7 @@ def test_a_sparse_file_larger_than_memory_is_refused_unread(tmp_path):
     except OSError:
         pytest.skip("this file system has no files of that size")
     assert read_header(path).size == size
-    with pytest.raises(FormatError, match="holds 1024.0 GiB; this machine"):
+    with pytest.raises(FormatError, match=r"holds 1024.0 GiB; this machine"):
         read_tensors(path)
 
 

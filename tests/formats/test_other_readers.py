@@ -14,7 +14,7 @@ from torch import nn
 import vislr
 from vislr.adapters.targets import adaptable
 from vislr.formats import attach_adapter, canonical_of, parse, read_canonical, render, write_canonical
-from vislr.formats.canonical import CanonicalAdapter, join_name
+from vislr.formats.canonical import CanonicalAdapter, Entry, join_name
 from vislr.formats.live import detach, family_of_target, parts_of
 
 
@@ -97,6 +97,11 @@ def test_files_that_diffusers_refuses_load_and_switch(kind, tmp_path):
     pipe = tiny.tiny_sd_pipeline()
     plain = picture(pipe)
     adapter = adapter_for(pipe, kind)
+    if kind == "diff":
+        for path, module in pipe.unet.named_modules():
+            if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+                changed = {part: torch.randn(len(module.weight)) / 8 for part in ("w_norm", "b_norm")}
+                adapter.entries[f"unet.{path}"] = Entry("norm", changed, tuple(module.weight.shape))
     file = tmp_path / "style.safetensors"
     write_canonical(adapter, file, "kohya")
     with pytest.raises(Exception, match=r".+"):

@@ -15,13 +15,12 @@ from vislr.train import DataConfig, Draw, HeldOutConfig, OptimConfig, SampleConf
 from vislr.train.calibration import calibration_inputs
 from vislr.train.distill import Distillation, DistillConfig, feature_loss, make_teacher, taps_of
 from vislr.train.distill_parts import after_first_cut, first_cut, kept_taps, sensitivity_rates, with_rates
+from vislr.train.families import family_of
 from vislr.train.recovery import RecoverySection, recover
 
 
 def drawn(pipe, seed=0, batch=2):
     """A draw of a training forward of the pipeline's denoiser, gradients on."""
-    from vislr.train.families import family_of
-
     rng = torch.Generator().manual_seed(seed)
     model = getattr(pipe, "unet", None) or pipe.transformer
     family = family_of(pipe)
@@ -52,7 +51,8 @@ def test_the_objective_is_the_weighted_sum_of_its_parts(build):
     teacher = getattr(other, "unet", None) or other.transformer
     with Distillation(pipe, teacher, DistillConfig(task=0.5, output=2.0, features=3.0)) as extra:
         draw = drawn(pipe)
-        answer = drawn(other).prediction
+        with torch.no_grad():
+            answer = family_of(pipe).forward(teacher, draw.noisy, draw.time, draw.conditions)
         parts = extra(draw)
     expected = (draw.prediction - answer).square().flatten(1).mean(1)
     torch.testing.assert_close(parts["output"], expected, rtol=1e-5, atol=1e-7)
@@ -196,7 +196,7 @@ def settings(**changes):
 
 def pruned():
     pipe, whole = tiny.tiny_sd_pipeline(), tiny.tiny_sd_pipeline().unet
-    drops = {"up_blocks.0.resnets.1": 1.0, "up_blocks.1.resnets.0": 1e9}
+    drops = {"up_blocks.0.resnets.1": 1.0, "up_blocks.1.resnets.1": 1.0, "up_blocks.1.resnets.0": 1e9}
     plan = LayerPlan(
         ("mid_block.attentions.0", "up_blocks.0.resnets.0"), saved=30, total=100, settings={"drops": drops}
     )
@@ -208,17 +208,20 @@ def pruned():
 def test_recovery_lowers_the_distance_and_touches_what_it_says(train, pictures, tmp_path):
     pipe, whole, plan = pruned()
     before = {name: p.detach().clone() for name, p in pipe.unet.named_parameters()}
-    wanted = settings(train=train, steps=8, task=0.0, optim=OptimConfig(lr=3e-3, batch=4, warmup=0), rank=4)
-    with Distillation(pipe, whole, DistillConfig(task=0.0)) as extra:
-        start = float(extra(drawn(pipe))["objective"].mean())
+    wanted = settings(train=train, steps=16, task=0.0, optim=OptimConfig(lr=1e-3, batch=8, warmup=2), rank=4)
+    (batch,) = calibration_inputs(pipe, ImageFolder.with_captions(pictures), samples=8, batch=8)
+
+    def distance():
+        with torch.no_grad():
+            return float((pipe.unet(**batch).sample - whole(**batch).sample).square().mean())
+
+    start = distance()
     done = recover(
         pipe, whole, plan, wanted, data=DataConfig(folder=str(pictures)), folder=tmp_path / "run",
         put_on=lambda change, name: vislr.apply(pipe, change, name=name),
     )  # fmt: skip
-    with Distillation(pipe, whole, DistillConfig(task=0.0)) as extra, torch.enable_grad():
-        end = float(extra(drawn(pipe))["objective"].mean())
-    assert end < 0.95 * start
-    assert done["steps"] == 8
+    assert distance() < 0.95 * start
+    assert done["steps"] == 16
     assert set(done["held_out"]) >= {"loss"}
     after = {name.replace(".base_layer", ""): p for name, p in pipe.unet.named_parameters()}
     moved = {name for name, value in before.items() if not torch.equal(value, after[name])}

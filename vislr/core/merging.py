@@ -183,9 +183,9 @@ class LowRank(NamedTuple):
 
     @property
     def norm(self) -> float:
-        """Frobenius norm of what is left; of the delta itself it was norm / sqrt(1 - error^2)."""
-        # Both factors are orthogonal up to the roots: a column's squared length is a singular value.
-        return float(self.up.double().square().sum(0).norm())
+        """Frobenius norm of the delta before it was truncated."""
+        # The factors are orthogonal up to the roots: a column's squared length is a singular value that stayed.
+        return float(self.up.double().square().sum(0).norm()) / math.sqrt(1 - self.error**2)
 
 
 def truncated(u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor, rank: int) -> LowRank:

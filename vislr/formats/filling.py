@@ -25,7 +25,7 @@ def check_base(module: nn.Module, file: AdapterFile, any_base: bool = False) -> 
         AdapterError: another architecture, or the weights under the adapter differ from those that it
             was made on.
     """
-    layers = modules_outside(module) if file.kind == "sara" else adaptable(module)
+    layers = modules_outside(module) if file.kind in ("sara", "imported") else adaptable(module)
     layers = layers | batch_norms(module) if "adabn" in file.manifest["sites"].values() else layers
     missing = [site for site in file.tensors if site not in layers]
     if missing:

@@ -103,12 +103,13 @@ def merge_adapters(
     _check(adapters, weights, method, rank, energy, density)
     task = _Task(method, rank, energy, density, seed, base)
     entries: dict[str, Entry] = {}
-    cuts: dict[str, LowRank] = {}
+    errors: dict[str, float] = {}
+    norms: dict[str, float] = {}
     for name in dict.fromkeys(name for adapter in adapters for name in adapter.entries):
         parts = [(a.entries[name], w) for a, w in zip(adapters, weights, strict=True) if name in a.entries]
         entries[name], cut = task.layer(name, parts)
         if cut is not None:
-            cuts[name] = cut
+            errors[name], norms[name] = cut.error, cut.norm
     notes = []
     whole = sum(entry.kind == "diff" for entry in entries.values())
     if whole:
@@ -118,7 +119,8 @@ def merge_adapters(
     if any(adapter.aux for adapter in adapters):
         notes.append("auxiliary heads are left out")
     family = next((adapter.family for adapter in adapters if adapter.family), "")
-    return cut_outcome(CanonicalAdapter(entries, family, metadata=_metadata(adapters)), cuts, notes)
+    result = CanonicalAdapter(entries, family, metadata=_metadata(adapters))
+    return Outcome(result, errors, norms, tuple(notes))
 
 
 def resize(adapter: CanonicalAdapter, rank: int | None = None, energy: float | None = None) -> Outcome:
@@ -136,7 +138,8 @@ def resize(adapter: CanonicalAdapter, rank: int | None = None, energy: float | N
     check_cut(rank, energy)
     task = _Task("sum", rank, energy, 1.0, 0, None)
     entries: dict[str, Entry] = {}
-    cuts: dict[str, LowRank] = {}
+    errors: dict[str, float] = {}
+    norms: dict[str, float] = {}
     for name, entry in adapter.entries.items():
         if entry.kind in (*NOT_ADDED, "norm"):
             entries[name] = entry
@@ -144,21 +147,15 @@ def resize(adapter: CanonicalAdapter, rank: int | None = None, energy: float | N
         low_rank_part = {key: value for key, value in entry.tensors.items() if key != "dora_scale"}
         entries[name], cut = task.layer(name, [(Entry(entry.kind, low_rank_part, entry.shape), 1.0)])
         if cut is not None:
-            cuts[name] = cut
+            errors[name], norms[name] = cut.error, cut.norm
         if entry.dora:
             entries[name].tensors["dora_scale"] = entry.tensors["dora_scale"]
-    kept = len(entries) - len(cuts)
+    kept = len(entries) - len(errors)
     notes = [f"{kept} layers have no rank and stay as they are"] if kept else []
     if any(entry.dora for entry in entries.values()):
         notes.append("DoRA keeps its magnitudes; errors are those of its low-rank parts")
     result = CanonicalAdapter(entries, adapter.family, metadata=_metadata([adapter]), aux=dict(adapter.aux))
-    return cut_outcome(result, cuts, notes)
-
-
-def cut_outcome(adapter: CanonicalAdapter, cuts: dict[str, LowRank], notes: list[str]) -> Outcome:
-    errors = {name: cut.error for name, cut in cuts.items()}
-    norms = {name: cut.norm / math.sqrt(1 - cut.error**2) for name, cut in cuts.items()}
-    return Outcome(adapter, errors, norms, tuple(notes))
+    return Outcome(result, errors, norms, tuple(notes))
 
 
 def _check(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from vislr.core.errors import AdapterError, ConfigError
-from vislr.core.merging import LowRank, check_cut, check_density, keep_largest, low_rank_of
+from vislr.core.merging import check_cut, check_density, keep_largest, low_rank_of
 from vislr.formats.canonical import CanonicalAdapter, Entry
-from vislr.formats.weights import Outcome, cut_outcome, lora_entry
+from vislr.formats.weights import Outcome, lora_entry
 from vislr.formats.weights_base import Checkpoint, shared
 
 # Lookups, not matrix products: no tool applies a LoRA to them.
@@ -33,7 +33,8 @@ def extract_lora(
         raise ConfigError("extracting a LoRA needs a rank, or the energy to keep")
     check_cut(rank, energy)
     entries: dict[str, Entry] = {}
-    cuts: dict[str, LowRank] = {}
+    errors: dict[str, float] = {}
+    norms: dict[str, float] = {}
     left_out = 0
     for name in shared(base, tuned):
         change, bias = _difference(base, tuned, name, torch.float32)
@@ -42,14 +43,15 @@ def extract_lora(
         if not rest:
             left_out += len(others)
         if matrix and change is not None:
-            cuts[name] = low_rank_of(change, rank, energy)
-            entries[name] = lora_entry(cuts[name].up, cuts[name].down, change.shape)
+            cut = low_rank_of(change, rank, energy)
+            errors[name], norms[name] = cut.error, cut.norm
+            entries[name] = lora_entry(cut.up, cut.down, change.shape)
             if rest and bias is not None:
                 entries[name].tensors["diff_b"] = bias
         elif others and rest:
             entries[name] = _exact(change, bias, base.weights.places[name].shape)
     notes = [f"{left_out} changes of biases, norms and tables are left out (rest keeps them)"] if left_out else []
-    return cut_outcome(_adapter(base, tuned, entries), cuts, notes)
+    return Outcome(_adapter(base, tuned, entries), errors, norms, tuple(notes))
 
 
 def extract_sara(base: Checkpoint, tuned: Checkpoint, density: float = 1.0) -> Outcome:

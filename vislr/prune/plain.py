@@ -68,6 +68,12 @@ def stock_model(module: Any) -> nn.Module:
     with torch.device("meta"):
         model = getattr(diffusers, name).from_config(config)
     model.load_state_dict(state, strict=True, assign=True)
+    own = dict(unwrapped(module).named_buffers())
+    for key, buffer in list(model.named_buffers()):
+        # Tables that a state dict leaves out (positions) are computed when a model is built; on meta they are not.
+        if buffer.is_meta:
+            path, _, tensor = key.rpartition(".")
+            model.get_submodule(path)._buffers[tensor] = own[key]
     return model.train(module.training)
 
 

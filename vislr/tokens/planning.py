@@ -135,27 +135,36 @@ def tome_plan(
 
     Tokens merge at the entry of each of `parts` of a block and come back as copies at its exit, at every
     level of a UNet (what merges only at the highest level, the usual default, does nothing on SDXL). One
-    token of every 2 x 2 cell stays, so at most three quarters leave.
+    token of every 2 x 2 cell stays, so at most three quarters leave. Where blocks cannot be pruned inside (SD3,
+    FLUX, ViT), they merge after the blocks where AT-EDM prunes, and come back with the update of what they merged into.
 
     Args:
         parts: of a block: "attn1" (self-attention), "attn2" (cross-attention), "ff". All three save most;
             ("attn1",) is what ToMe does by default.
-        early: share of the steps in which, as in AT-EDM, the ends of a UNet's stages stay whole.
+        early: share of the steps in which, as in AT-EDM, the ends of a UNet's stages stay whole; UNets only.
         target, flops_saved, speedup, keep, steps, mid, seed, sample: as in `at_edm_plan`.
 
     Raises:
-        ConfigError: as `at_edm_plan`, or a model whose blocks cannot be pruned inside (SD3, FLUX, ViT).
+        ConfigError: as `at_edm_plan`, or unknown `parts`.
     """
     layout = token_layout(denoiser_of(target)[1])
-    if not layout.parts:
-        raise ConfigError(f"merging works inside of blocks of UNets, PixArt and DiT, not of a {layout.family}")
-    unknown = [part for part in parts if part not in layout.parts]
+    if early and layout.family != "unet":
+        raise ConfigError(f"merging has early steps on UNets only; this is a {layout.family}, leave 'early' out")
+    unknown = [part for part in parts if layout.parts and part not in layout.parts]
+    if "attn2" in unknown and layout.family == "dit":
+        # Its blocks have no cross-attention; the default means all that there are.
+        parts, unknown = [part for part in parts if part != "attn2"], []
     if unknown or not parts:
         raise ConfigError(f"parts {list(parts)}; expected some of {', '.join(layout.parts)}")
     boundary, share = early_boundary(target, early, steps)
     whole = _whole_early(layout)
 
+    places = _places(layout, None)
+
     def spans(keep: float, some: Sequence[Run]) -> tuple[Span, ...]:
+        if not layout.parts:
+            cuts = [(run, [Cut(run.blocks[i], keep ** (n + 1)) for n, i in enumerate(places[run])]) for run in some]
+            return tuple(Span(tuple(own), run.blocks[-1] if layout.recovers else None) for run, own in cuts)
         blocks = [block for run in some for block in run.blocks]
         return tuple(Span((Cut(block, keep),), block, tuple(parts)) for block in blocks)
 
@@ -164,7 +173,8 @@ def tome_plan(
         return TokenPlan(
             late=spans(keep, runs),
             early=() if boundary is None else spans(keep, [run for run in runs if run not in whole]),
-            boundary=boundary, early_share=share, criterion="tome", recovery="copy", seed=seed,
+            boundary=boundary, early_share=share, criterion="tome",
+            recovery="copy" if layout.parts or not layout.recovers else "update", seed=seed,
             component=denoiser_of(target)[0],
         )  # fmt: skip
 

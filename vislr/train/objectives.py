@@ -34,11 +34,16 @@ class Parts:
 
     def loss(self, mask: torch.Tensor | None = None) -> torch.Tensor:
         """(B,): the weighted mean of squares; `mask` (B, 1, H, W) weighs positions, of mean 1 afterwards."""
-        error = (self.prediction - self.target).pow(2)
+        error = self.prediction - self.target
         if mask is not None:
-            error = error * (mask / mask.mean((1, 2, 3), keepdim=True).clamp(min=1e-6))
-        value = error.flatten(1).mean(1)
+            error = error * (mask / mask.mean((1, 2, 3), keepdim=True).clamp(min=1e-6)).sqrt()
+        value = per_sample(error)
         return value if self.weight is None else value * self.weight
+
+
+def per_sample(error: torch.Tensor) -> torch.Tensor:
+    """Mean of the squares over all axes but the first: (B, ...) -> (B,), in float32."""
+    return error.float().pow(2).flatten(1).mean(1)
 
 
 def timesteps(u: torch.Tensor, count: int) -> torch.Tensor:

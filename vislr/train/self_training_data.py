@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -229,7 +230,7 @@ def _volume(path: Path) -> tuple[np.ndarray, tuple[float, float, float], np.ndar
             values = np.load(path, allow_pickle=False)
         else:
             values = np.asarray(open_image(path).convert("L"))
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"'{path}' cannot be read: {' '.join(str(error).split())}") from error
     arrays_ = [values] if mask is None else [values, mask]
     if any(one.ndim not in (2, 3) for one in arrays_) or len(spacing) != 3:

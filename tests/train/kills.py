@@ -1,0 +1,208 @@
+"""Runs that are killed with SIGKILL, and what is left of them: used by `test_kills.py`, or by hand.
+
+python tests/train/kills.py PICTURES OUT random COUNT     one run, killed COUNT times at random moments
+python tests/train/kills.py PICTURES OUT inside COUNT     COUNT runs, each killed at another point inside a save
+
+Prints JSON: what was killed where, and that the end of each run equals, bit for bit, one that was never killed.
+Children are forked after the imports, so that a start costs a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import tiny
+import torch
+from safetensors.torch import load_file
+
+import vislr
+from vislr.core.files import write_tensors
+from vislr.data import DataConfig
+from vislr.pipelines import training_setup as setup
+from vislr.train import AdapterSection, HeldOutConfig, OptimConfig, OutputConfig, SampleConfig, TrainConfig, fit
+from vislr.train.checkpoints import checkpoints_in
+
+STEPS, EVERY = 12, 2
+
+
+def train(pictures: Path, folder: Path) -> None:
+    """The whole run, or what is left of it; writes the trained values at its end."""
+    torch.set_num_threads(1)
+    config = TrainConfig(
+        data=DataConfig(folder=str(pictures), size=32), steps=STEPS,
+        sample=SampleConfig(steps=1, prompts=["a cat face"]),
+        output=OutputConfig(folder=str(folder), checkpoint_every=EVERY, keep=2, resume=True, log_every=1),
+        optim=OptimConfig(batch=4, warmup=2, lr=5e-3, ema=0.9), held_out=HeldOutConfig(every=3, repeats=1),
+        adapter=AdapterSection(kind="lora", r=2, dropout=0.2),
+    )  # fmt: skip
+    pipe = tiny.tiny_sd_pipeline()
+    torch.manual_seed(0)
+    parts = setup.open_data(config)
+    setup.attach(config, pipe)
+    fit(pipe, "default", config, *parts, save_adapter=lambda path: vislr.save_adapter(pipe, path))
+    values = {name: value for name, value in pipe.unet.named_parameters() if value.requires_grad}
+    write_tensors(folder / "end.safetensors", values)
+
+
+def start(pictures: Path, folder: Path, point: int | None = None) -> int:
+    """Fork a child that trains; with `point` it kills itself at that event inside its second save."""
+    child = os.fork()
+    if child:
+        return child
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
+    code = 1
+    try:
+        if point is not None:
+            inject(point)
+        train(pictures, folder)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def inject(point: int) -> None:
+    """Count what a save does to the disk, from the second save on, and die at event number `point`."""
+    from vislr.core import files
+    from vislr.train import checkpoints, progress
+
+    state = {"saves": 0, "inside": False, "events": 0}
+
+    def event(what: str) -> None:
+        if state["inside"]:
+            if state["events"] == point:
+                Path(os.environ["KILLED_AT"]).write_text(what)
+                os.kill(os.getpid(), signal.SIGKILL)
+            state["events"] += 1
+
+    def around(owner, name, what):
+        original = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            event(f"before {what}")
+            if what == "removing" and state["inside"] and Path(args[0]).is_dir():
+                some = next(path for path in sorted(Path(args[0]).rglob("*")) if path.is_file())
+                some.unlink()
+                event("in the middle of removing")
+            result = original(*args, **kwargs)
+            event(f"after {what}")
+            return result
+
+        setattr(owner, name, wrapped)
+
+    original = checkpoints.write_tensors
+
+    def half_written(path, tensors, metadata=None):
+        event(f"before writing {path.name}")
+        if state["inside"]:
+            whole = Path(os.environ["KILLED_AT"] + ".half")
+            original(whole, tensors, metadata)
+            path.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+            event(f"in the middle of {path.name}")
+            path.unlink()
+        original(path, tensors, metadata)
+
+    checkpoints.write_tensors = half_written
+    around(files.os, "rename", "renaming")
+    around(files.os, "replace", "replacing")
+    around(files, "_flush", "flushing")
+    around(checkpoints.shutil, "rmtree", "removing")
+    save = progress.save_checkpoint
+
+    def counted(*args, **kwargs):
+        state["saves"] += 1
+        # By the third save there is an old checkpoint to remove.
+        state["inside"] = state["saves"] == 3
+        event("before the save")
+        result = save(*args, **kwargs)
+        event("after the save")
+        state["inside"] = False
+        return result
+
+    progress.save_checkpoint = counted
+
+
+def last_step(folder: Path) -> int:
+    """Of the newest whole checkpoint; every one that counts as whole can be read."""
+    found = checkpoints_in(folder)
+    for path in found:
+        json.loads((path / "state.json").read_text())
+        for name in ("trainable", "optimizer", "average", "adapter"):
+            load_file(path / f"{name}.safetensors")
+    return int(found[-1].name) if found else 0
+
+
+def same_end(folder: Path, reference: Path) -> bool:
+    """Whether both runs ended in the same bits, with nothing half-written left."""
+    one, other = load_file(folder / "end.safetensors"), load_file(reference / "end.safetensors")
+    left = list(folder.rglob(".*tmp-*"))
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one) and not left
+
+
+def killed(child: int) -> bool:
+    """Wait for a child; True if it died of SIGKILL, an error if it failed by itself."""
+    status = os.waitpid(child, 0)[1]
+    if os.WIFSIGNALED(status):
+        return os.WTERMSIG(status) == signal.SIGKILL
+    if os.WEXITSTATUS(status):
+        sys.exit(f"a child failed with exit code {os.WEXITSTATUS(status)}")
+    return False
+
+
+def main(pictures: Path, out: Path, mode: str, count: int) -> dict:
+    """Do it; returns what is printed."""
+    reference = out / "reference"
+    began, first = time.monotonic(), 0.0
+    child = start(pictures, reference)
+    while not (reference / "end.safetensors").is_file():
+        time.sleep(0.02)
+        first = first or (time.monotonic() - began if checkpoints_in(reference) else 0.0)
+    whole = time.monotonic() - began
+    killed(child)
+    if mode == "random":
+        rng, folder, kills, steps = random.Random(0), out / "killed", 0, [0]
+        while kills < count:
+            child = start(pictures, folder)
+            # At any time from a moment before the first save on.
+            time.sleep(rng.uniform(0.7 * first, whole))
+            os.kill(child, signal.SIGKILL)
+            if not killed(child):
+                # It was done before: another run, whose kills count, too.
+                assert same_end(folder, reference)
+                shutil.rmtree(folder)
+                steps.append(0)
+                continue
+            kills += 1
+            now = last_step(folder)
+            assert now >= steps[-1], f"step {steps[-1]} was saved, and {now} is left"
+            steps.append(now)
+        killed(start(pictures, folder))
+        return {"kills": kills, "steps": steps, "same": same_end(folder, reference)}
+    points = []
+    for number in range(count):
+        folder = out / f"inside-{number}"
+        os.environ["KILLED_AT"] = str(out / f"killed-at-{number}")
+        # Spread over all that a save does.
+        assert killed(start(pictures, folder, number * EVENTS // count)), f"point {number} was not reached"
+        left = last_step(folder)
+        assert left in (2 * EVERY, 3 * EVERY), f"after a kill inside the save of step {3 * EVERY} {left} is left"
+        assert not killed(start(pictures, folder))
+        assert same_end(folder, reference), f"point {number}"
+        points.append((Path(os.environ["KILLED_AT"]).read_text(), left))
+        shutil.rmtree(folder)
+    return {"points": points, "same": True}
+
+
+# What a save does to the disk, counted once (`test_kills.py` checks that the last one is reached).
+EVENTS = 77
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))))

@@ -1,0 +1,40 @@
+"""A run that is killed with SIGKILL, at any moment and inside a save, loses nothing and ends in the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+SCRIPT = Path(__file__).with_name("kills.py")
+
+
+def kills(mode, count, pictures, out):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(tiny.__file__).parent)}
+    command = [sys.executable, str(SCRIPT), str(pictures), str(out), mode, str(count)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_at_random_moments(count, pictures, tmp_path):
+    found = kills("random", count, pictures, tmp_path)
+    assert found["kills"] == count
+    assert found["same"]
+    assert max(found["steps"]) > 0 or count < 5
+
+
+@pytest.mark.parametrize("count", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_inside_a_save(count, pictures, tmp_path):
+    found = kills("inside", count, pictures, tmp_path)
+    assert len({what for what, _ in found["points"]}) >= min(count, 8)
+    assert found["points"][0] == ["before the save", 4]
+    if count == 20:
+        # Both outcomes come up: the last good one is left, or the new one is there already.
+        assert {left for _, left in found["points"]} == {4, 6}
