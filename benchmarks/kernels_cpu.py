@@ -166,6 +166,7 @@ def integer_ways(rows: int, columns: int, depth: int) -> Ways:
         "W8A8 with quantising": lambda: kernels.linear_w8a8(
             *(kernels.quantize_rows(x)[0], codes, row_scale, scale), dtype=torch.float32
         ),
+        "W8A8 product alone, torch's for integers": lambda: torch._int_mm(found, codes.mT),
         "W4A16": lambda: kernels.linear_w4a16(x, packed, group_scale),
     }
 

@@ -5,7 +5,7 @@
 
 Both train the same LoRA on the same pipeline: the same order of pictures, latents and captions encoded beforehand,
 the same target, batch, number type, clipping, fused AdamW and memory format. The plain loop has no held-out loss, no
-checkpoints, no exact draws and no curves; ours is `vislr.train.fit` as it is, stopped between two steps. Steps alternate
+checkpoints, no exact draws and no curves; ours is `vislr.train.fit` as it is, stopped between two steps. They alternate
 in a random order; the ratio is taken within a round. Peak memory is that of a process of its own for each, over what it
 held after the imports. `-P` keeps this folder out of the module path.
 """

@@ -102,8 +102,8 @@ def attention_cases() -> Iterator[Case]:
     for size, number, tokens in ((64, 10, 4096), (40, 8, 4096), (128, 24, 2048), (80, 8, 1024), (160, 8, 1024)):
 
         def forward(size: int = size, number: int = number, tokens: int = tokens) -> Any:
-            inputs = heads(2, number, tokens, size)
-            return lambda: attention.attention_with_lse(*inputs)
+            q, k, v = heads(2, number, tokens, size)
+            return lambda: attention.attention_with_lse(q, k, v)
 
         def column_sum(size: int = size, number: int = number, tokens: int = tokens) -> Any:
             q, k, v = heads(2, number, tokens, size)
@@ -130,6 +130,7 @@ def attention_cases() -> Iterator[Case]:
 
         key = f"D={size}"
         wide = size > 64
+        blocks: dict[str, tuple[int, ...]]
         blocks = {"BLOCK_Q": (64, 128), "BLOCK_K": (32, 64, 128) if not wide else (32, 64), "num_warps": (4, 8)}
         yield Case("attention", "forward", key, product(**blocks, num_stages=(2, 3)), forward)
         blocks = {"BLOCK_Q": (64, 128), "BLOCK_K": (64, 128), "num_warps": (4, 8), "num_stages": (3,)}
@@ -167,8 +168,8 @@ def tucker_cases() -> Iterator[Case]:
         for rank in ranks:
 
             def make(channels: int = channels, side: int = side, rank: int = rank) -> Any:
-                inputs = tucker_inputs(channels, side, rank)
-                return lambda: tucker_conv.tucker_convolution(*inputs, padding=1)
+                x, down, core, up, base = tucker_inputs(channels, side, rank)
+                return lambda: tucker_conv.tucker_convolution(x, down, core, up, base, padding=1)
 
             key = tucker_key(channels, side, rank)
             full = product(BLOCK_P=(64, 128), BLOCK_C=(64,), **tiles)

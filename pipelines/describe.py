@@ -47,10 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="vislr describe",
         description="The sites of a model and what each costs. `vislr describe MODEL` is short for --model MODEL.",
     )
-    from vislr import anatomy, zoo
+    from vislr import anatomy, models, zoo
 
     embedded = {name: zoo.pipeline_folder(name) for name in zoo.pipeline_names()}
-    parts = anatomy.describe(anatomy.skeleton(config.model, embedded), config.sample)
+    parts = anatomy.describe(models.with_plans(anatomy.skeleton(config.model, embedded)), config.sample)
     sites = parts.select(config.kind, config.name, config.stage, config.removable)
     if config.json:
         result = {

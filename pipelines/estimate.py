@@ -173,7 +173,8 @@ def _component(folder: Path, library: str, kind: str) -> nn.Module:
         cls = getattr(transformers, kind, None)
         if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
             with torch.device("meta"):
-                return cls(cls.config_class.from_pretrained(folder))
+                config_class: Any = cls.config_class
+                return cls(config_class.from_pretrained(folder))
     raise ModelError(f"'{folder}' holds a {library}.{kind}, which is no model that is known")
 
 

@@ -170,6 +170,15 @@ def test_a_component_by_itself(name, low, tmp_path):
     assert "vislr" not in model.config
 
 
+def test_describe_reads_the_pruned_structure(folders, capsys):
+    from vislr.cli import main
+
+    folder, _, _ = folders["sd"]
+    assert main(["describe", str(folder), "--json"]) == 0
+    described = json.loads(capsys.readouterr().out)
+    assert described["parameters"] == sum(p.numel() for p in vislr.load(folder).unet.parameters())
+
+
 def test_shards_and_from_config(tmp_path):
     unet = tiny.tiny_unet()
     vislr.apply(unet, LayerPlan(CUTS["sd"][1]))

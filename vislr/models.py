@@ -180,6 +180,18 @@ def replay(model: Any, entries: Any) -> None:
         registry.handler_of(kind).rebuild(model, plan)
 
 
+def with_plans(model: Any) -> Any:
+    """A model that was built from its config by diffusers alone, with the config's plans replayed on it.
+
+    Raises:
+        as `replay`.
+    """
+    plans = model.config.get(KEY) if hasattr(model, "register_to_config") else None
+    if plans:
+        replay(model, plans)
+    return model
+
+
 def mark(module: Any, entries: list[dict[str, Any]]) -> None:
     """Give a module the class and the config that say these plans; without any, diffusers' own again.
 

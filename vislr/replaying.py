@@ -65,8 +65,8 @@ def diff(first: str | os.PathLike, second: str | os.PathLike) -> str:
     Raises:
         FormatError: as `show`.
     """
-    texts = [show(folder).splitlines() for folder in (first, second)]
-    return "\n".join(difflib.unified_diff(*texts, str(first), str(second), lineterm="", n=2))
+    one, two = show(first).splitlines(), show(second).splitlines()
+    return "\n".join(difflib.unified_diff(one, two, str(first), str(second), lineterm="", n=2))
 
 
 def replay(
@@ -97,14 +97,14 @@ def replay(
         raise ModelError(
             f"'{base}' has a {type(component_of(target)[1]).__name__}; the recipe is of a {record['class']}"
         )
-    checked = False
+    checked = any_base
     for step in steps[: len(steps) - leave_out]:
         report, change = step["report"], step["change"]
         name = report["name"]
         if "plan" in change:
             kind = registry.get_kind(report["kind"])
-            plan = registry.load(kind.config).from_dict(change["plan"])
-            if not checked and not any_base and getattr(plan, "base", ""):
+            plan: Any = registry.load(kind.config).from_dict(change["plan"])
+            if not checked and getattr(plan, "base", None):
                 _check_base(target, plan, base)
             apply(target, plan, name=name)
         elif name in record["adapters"]:

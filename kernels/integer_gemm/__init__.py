@@ -250,11 +250,11 @@ def _check_int4(x: Any, packed: Any, scale: Any, bias: Any, zero: Any, group: in
     _expect("bias", bias, packed.shape[:1])
 
 
-def _plain(tensor: torch.Tensor | None) -> torch.Tensor | None:
+def _plain(tensor: Any) -> Any:
     return None if tensor is None else tensor.detach()
 
 
-def _flat(tensor: torch.Tensor | None) -> torch.Tensor | None:
+def _flat(tensor: Any) -> Any:
     return None if tensor is None else tensor.detach().reshape(-1)
 
 

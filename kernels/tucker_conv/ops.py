@@ -16,7 +16,7 @@ FOLDER = "tucker_conv"
 _TILE = {"TILE_Y": 8, "TILE_X": 16, "BLOCK_CO": 64, "num_stages": 3}
 DEFAULTS: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "full": [
-        (64, _TILE | {"BLOCK_P": 64, "BLOCK_C": 64, "num_warps": 4}),
+        (32, _TILE | {"BLOCK_P": 64, "BLOCK_C": 64, "num_warps": 4}),
         (160, _TILE | {"BLOCK_P": 64, "BLOCK_C": 64, "num_warps": 8}),
     ],
     "tail": [(64, _TILE | {"num_warps": 4}), (160, _TILE | {"num_warps": 8})],
@@ -205,7 +205,8 @@ def _differentiate(ctx: Any, grad: Any, *_: Any) -> tuple:
     need_x, need_base, need_down, need_core, need_up = ctx.needs_input_grad[:5]
     narrow = x if down is None else low
     grad_mid = pointwise(grad, up.mT * ctx.scale)
-    grad_base = grad_up = grad_core = grad_low = grad_x = grad_down = None
+    grad_base = grad_up = grad_core = grad_x = grad_down = None
+    grad_low: Any = None
     if need_base:
         grad_base = grad if ctx.base_dim == 4 else grad.sum((0, 2, 3))
     if need_up:

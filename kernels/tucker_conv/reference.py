@@ -35,8 +35,9 @@ def tucker_conv(
     """base + scale up (core * (down x)): three convolutions and one fused add, or matrix products for the 1x1."""
     if x.device.type == "cpu" and x.dtype in HALVES and not cpu_has(str(x.dtype).removeprefix("torch.")):
         # Emulated half floats take 8 times as long as float32.
-        tensors = (None if tensor is None else tensor.float() for tensor in (x, base, down, core, up))
-        return tucker_conv(*tensors, scale, stride, padding, dilation).to(x.dtype)
+        base, down = (None if tensor is None else tensor.float() for tensor in (base, down))
+        wide = tucker_conv(x.float(), base, down, core.float(), up.float(), scale, stride, padding, dilation)
+        return wide.to(x.dtype)
     if x.device.type == "cpu" and base is not None and base.dim() == 4 and is_channels_last(x):
         return _products(x, base, down, core, up, scale, stride, padding, dilation)
     narrow = x if down is None else pointwise(x, down)

@@ -128,6 +128,33 @@ def test_ranks_by_energy_are_the_cheapest_that_keep_it():
                 assert 12 * s + 9 * r * s + 16 * r + 16 >= chosen.parameters[1]
 
 
+def test_ranks_by_latency_keep_most_of_what_is_fast_enough():
+    conv, sample = structured(48, 64, 8, noise=1.0), torch.randn(2, 48, 12, 12)
+    layers, report = tucker_from_weight(conv, speedup=1e-6, sample=sample)
+    # Anything is fast enough: the most energy of what was timed.
+    assert report.ranks == max(report.timed, key=lambda one: one.kept).ranks
+    assert layers(sample).shape == conv(sample).shape
+    assert len(report.timed) >= 4
+    own = 9 * 48 * 64
+    costs = [48 * one.ranks[1] + 9 * one.ranks[0] * one.ranks[1] + 64 * one.ranks[0] for one in report.timed]
+    assert costs == sorted(costs)
+    assert costs[-1] <= 0.75 * own
+    kept = [one.kept for one in report.timed]
+    assert kept == sorted(kept)
+    assert all(rank % 8 == 0 for one in report.timed for rank in one.ranks)
+    assert all(one.seconds > 0 and one.speedup > 0 for one in report.timed)
+    assert report.seconds > 0
+    # The truncated decomposition keeps what it says, and refinement loses nothing of it.
+    best = max(report.timed, key=lambda one: one.kept)
+    assert 1 - report.error**2 >= best.kept - 1e-9
+    with pytest.raises(
+        AdapterError, match=r"no ranks are 1e\+06 times as fast here; the fastest of \d+ that were timed, "
+    ):
+        tucker_from_weight(conv, speedup=1e6, sample=sample)
+    small = tucker_from_weight(conv_of(), speedup=1e-6, sample=torch.randn(1, 6, 5, 5))[1]
+    assert small.ranks == (8, 6)
+
+
 def test_ranks_by_budget_keep_most_within_it():
     conv = structured(noise=1.0)
     total = sum(p.numel() for p in conv.parameters())
@@ -225,7 +252,11 @@ def broken():
         (lambda: nn.utils.parametrizations.weight_norm(conv_of()), {"ranks": (1, 1)}, "parametrised"),
         (lambda: timm.layers.create_conv2d(6, 6, 3, stride=2, padding="same"), {"ranks": (1, 1)}, "from the input"),
         (broken, {"ranks": (1, 1)}, "NaN or infinite"),
-        (conv_of, {}, "one of ranks, energy, budget; got none"),
+        (conv_of, {}, "one of ranks, energy, budget, speedup; got none"),
+        (conv_of, {"speedup": 2.0}, r"sample has shape \(\); speedup is measured on \(N, 6, H, W\)"),
+        (conv_of, {"speedup": 2.0, "sample": torch.zeros(1, 5, 8, 8)}, r"sample has shape \(1, 5, 8, 8\)"),
+        (conv_of, {"speedup": 0, "sample": torch.zeros(1, 6, 8, 8)}, "speedup is 0; expected a number above 0"),
+        (conv_of, {"speedup": 2.0, "energy": 0.5}, "speedup is given beside"),
         (conv_of, {"energy": 0.9, "budget": 0.5}, "got energy and budget"),
         (conv_of, {"ranks": (10, 6)}, r"ranks are \(10, 6\); expected .* to \(9, 6\)"),
         (conv_of, {"ranks": (0, 6)}, r"\(0, 6\)"),

@@ -66,7 +66,7 @@ def test_laptop_from_end_to_end(pipelines, pictures, tmp_path, capsys):
     assert main([*args, "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "12 units, 13 forwards" in said
-    assert "12 units at granularity 'block': 90.6% of the parameters" in said
+    assert "12 at granularity 'block': 90.6% of the parameters" in said
     assert not out.exists()
     assert main(args) == 0
     assert {path.name for path in out.iterdir()} == {
@@ -133,7 +133,7 @@ def test_baselines_and_other_budgets(criterion, pipelines, pictures, tmp_path):
         (["--plan.criterion", "lapto"], 2, "expected one of laptop"),
         (["--plan.rato", "0.5"], 2, "unknown key 'plan.rato'; did you mean 'plan.ratio'"),
         (["--plan.file", "missing.json"], 2, "plan.file 'missing.json' cannot be read"),
-        (["--plan.criterion", "ssd-1b"], 2, "SSD-1B's list is for SDXL's UNet"),
+        (["--plan.criterion", "ssd-1b"], 2, "SSD-1B's list is for the UNet of SDXL"),
         (["--data.folder", "", "--plan.criterion", "laptop"], 2, "data.folder is not given"),
     ],
 )

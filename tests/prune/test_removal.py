@@ -280,12 +280,28 @@ def test_undo_follows_the_model_and_frees_when_told():
         vislr.remove(unet, report)
 
 
-def test_gradients_flow_through_what_is_left():
-    unet = tiny.tiny_unet()
-    vislr.apply(unet, LayerPlan(("up_blocks.0.resnets.0", "mid_block.attentions.0.transformer_blocks.0.attn1")))
-    answer_ = unet(**sample_inputs(unet, {"tokens": 16}, device="cpu")).sample
-    answer_.sum().backward()
-    assert [name for name, p in unet.named_parameters() if p.grad is None] == []
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("family", "removed"), [
+    ("sd", ("up_blocks.0.resnets.0", "down_blocks.1.attentions.0",
+            "mid_block.attentions.0.transformer_blocks.0.attn1")),
+    ("sd3", ("transformer_blocks.0", "transformer_blocks.1.ff")),
+    ("flux", ("transformer_blocks.0.attn", "single_transformer_blocks.0")),
+    ("dit", ("transformer_blocks.0",)),
+])  # fmt: skip
+def test_gradients_flow_through_what_is_left(family, removed, checkpointing):
+    build, sample, _ = FAMILIES[family]
+    model = build()
+    vislr.apply(model, LayerPlan(removed))
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+        model.train()
+    model(**sample_inputs(model, sample, device="cpu"))[0].square().sum().backward()
+    without_gradient = [name for name, p in model.named_parameters() if p.grad is None]
+    # What only a removed branch's input reads: the last block's context, and queries of nothing.
+    assert not any(name.startswith(("conv_in", "x_embedder", "pos_embed.proj", "conv_out", "proj_out"))
+                   for name in without_gradient)  # fmt: skip
+    if family == "sd":
+        assert without_gradient == []
 
 
 @pytest.mark.parametrize("model", ["sd", "flux"])

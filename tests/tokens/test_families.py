@@ -143,9 +143,9 @@ def test_a_dense_early_phase_is_the_base_bit_for_bit(family):
 
 def test_flops_fall_with_the_share_that_stays_and_meet_a_budget(family):
     counter = Counter(family.model, family.sample)
-    counts = [counter(at_edm_plan(family.model, keep=k)) for k in (0.5, 0.1)]
+    counts = [counter(at_edm_plan(family.model, keep=k)) for k in (0.5, 0.25, 0.1)]
     averages = [one.average for one in counts]
-    assert counter.dense > averages[0] > averages[1]
+    assert averages[0] > averages[1] > averages[2]
     budget = 1 - 0.6 * counts[-1].saved
     wish = {"speedup": 1 / budget} if family.name == "dit" else {"flops_saved": 1 - budget}
     plan = at_edm_plan(family.model, **wish, sample=family.sample)

@@ -28,7 +28,8 @@ def test_merging_saves_much_on_sdxl():
 
 @pytest.mark.slow
 def test_one_block_transformers_save_little():
-    """SD 1.5: the first block of a transformer is its last; at most 13.9 % inside of it at keep .4."""
+    """SD 1.5: the first block of a transformer is its last. Inside of it 13.9 % could go at keep .4; ranking 4096
+    tokens for one half block takes most of that back."""
     unet = skeleton("sd15")
     counted = plan_flops(unet, at_edm_plan(unet, keep=0.4, early=0.0))
-    assert 0.09 < counted.saved < 0.139
+    assert 0.02 < counted.saved < 0.05

@@ -9,6 +9,7 @@ Children are forked after the imports, so that a start costs a fraction of a sec
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -30,6 +31,8 @@ from vislr.train import AdapterSection, HeldOutConfig, OptimConfig, OutputConfig
 from vislr.train.checkpoints import checkpoints_in
 
 STEPS, EVERY = 12, 2
+# Whether a child has ended, without taking its status away.
+PEEK = os.WEXITED | os.WNOHANG | os.WNOWAIT
 
 
 def train(pictures: Path, folder: Path) -> None:
@@ -130,6 +133,12 @@ def inject(point: int) -> None:
     progress.save_checkpoint = counted
 
 
+def last_name(folder: Path) -> int:
+    """Of the newest whole checkpoint."""
+    found = checkpoints_in(folder)
+    return int(found[-1].name) if found else 0
+
+
 def last_step(folder: Path) -> int:
     """Of the newest whole checkpoint; every one that counts as whole can be read."""
     found = checkpoints_in(folder)
@@ -162,18 +171,26 @@ def main(pictures: Path, out: Path, mode: str, count: int) -> dict:
     reference = out / "reference"
     began, first = time.monotonic(), 0.0
     child = start(pictures, reference)
-    while not (reference / "end.safetensors").is_file():
-        time.sleep(0.02)
+    done = status = 0
+    while not done:
+        done, status = os.waitpid(child, os.WNOHANG)
         first = first or (time.monotonic() - began if checkpoints_in(reference) else 0.0)
-    whole = time.monotonic() - began
-    killed(child)
+        time.sleep(0.02)
+    if status:
+        sys.exit("the run that is not killed failed")
+    # From one save to the next.
+    pace = (time.monotonic() - began - first) / (STEPS / EVERY)
     if mode == "random":
         rng, folder, kills, steps = random.Random(0), out / "killed", 0, [0]
         while kills < count:
             child = start(pictures, folder)
-            # At any time from a moment before the first save on.
-            time.sleep(rng.uniform(0.7 * first, whole))
-            os.kill(child, signal.SIGKILL)
+            # Some time after it has got on by 0, 1 or 2 checkpoints: however busy the machine is.
+            saves = rng.randint(0, 2)
+            while last_name(folder) < steps[-1] + saves * EVERY and not os.waitid(os.P_PID, child, PEEK):
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0.0, pace))
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
             if not killed(child):
                 # It was done before: another run, whose kills count, too.
                 assert same_end(folder, reference)

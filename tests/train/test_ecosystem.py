@@ -32,7 +32,7 @@ CASES = [
     ("sdxl", [], "diffusers"),
     ("sd3", [], "diffusers"),
     ("flux", [], "diffusers"),
-    ("sd", ["text_encoder"], "diffusers"),
+    pytest.param("sd", ["text_encoder"], "diffusers", marks=pytest.mark.slow),
     ("sdxl", ["text_encoder", "text_encoder_2"], "diffusers"),
     ("sd", ["text_encoder"], "kohya"),
 ]

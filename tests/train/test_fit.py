@@ -44,7 +44,7 @@ def config(root, out, **changes):
         "data": DataConfig(folder=str(root), size=32),
         "output": OutputConfig(folder=str(out), checkpoint_every=0),
         "optim": OptimConfig(batch=4, warmup=2, lr=5e-3),
-        "sample": SampleConfig(steps=1),
+        "sample": SampleConfig(steps=1, prompts=["a cat face"]),
         "held_out": HeldOutConfig(every=0, repeats=2),
         "adapter": AdapterSection(r=2),
         "steps": 8,
@@ -74,8 +74,17 @@ def train(model, root, out, *, stop=None, **changes):
     return target, values, result
 
 
-@pytest.mark.parametrize("kind", ["convlora", "flora", "lora"])
-@pytest.mark.parametrize("model", ["unet", "sd3", "vit", "conv"])
+KINDS = ("convlora", "flora", "lora")
+# One of each by default, all combinations with `-m slow`.
+FAST = {("unet", "convlora"), ("sd3", "lora"), ("vit", "flora"), ("conv", "convlora")}
+LEARNING = [
+    pytest.param(model, kind, marks=[] if (model, kind) in FAST else pytest.mark.slow)
+    for model in ("unet", "sd3", "vit", "conv")
+    for kind in KINDS
+]
+
+
+@pytest.mark.parametrize(("model", "kind"), LEARNING)
 def test_training_lowers_the_held_out_loss(model, kind, pictures, classes, tmp_path):
     data = classes if model in ("vit", "conv") else pictures
     optim = OptimConfig(batch=8, lr=1e-2 if model in ("unet", "sd3") else 3e-3, warmup=5)

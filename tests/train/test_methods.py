@@ -135,7 +135,7 @@ def test_sara_resumes_after_a_reselection(pictures, tmp_path):
         run("sd", pictures, tmp_path / "best", adapter=adapter, held_out=HeldOutConfig(keep="best", every=1))
 
 
-@pytest.mark.parametrize("model", ["sd", "sdxl"])
+@pytest.mark.parametrize("model", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_text_encoders_train_at_their_own_rate(model, pictures, tmp_path):
     names = ["text_encoder", "text_encoder_2"][: 1 if model == "sd" else 2]
     adapter = AdapterSection(kind="lora", r=2, text_encoders=names)
@@ -290,7 +290,7 @@ def test_checkpointing_changes_no_gradient_and_is_taken_off(pictures, tmp_path):
     assert not target.transformer.is_gradient_checkpointing
 
 
-@pytest.mark.parametrize("kind", ["lora", "convlora", "flora"])
+@pytest.mark.parametrize("kind", ["lora", *(pytest.param(k, marks=pytest.mark.slow) for k in ("convlora", "flora"))])
 def test_fp8_base(kind, pictures, tmp_path):
     values, target, result = run(
         "sd", pictures, tmp_path, adapter=AdapterSection(kind=kind, r=2), model=ModelConfig(storage="fp8")

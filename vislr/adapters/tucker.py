@@ -25,6 +25,25 @@ from vislr.core.errors import AdapterError
 
 # HOOI stops when the relative error moves by less than this, or after so many rounds.
 _TOLERANCE, _ROUNDS = 1e-5, 20
+# Ranks by latency: shares of the conv's FLOPs of which the best ranks are timed; kernels like multiples of 8.
+_SHARES, _STEP = (0.03, 0.06, 0.1, 0.15, 0.22, 0.3, 0.4, 0.55, 0.75), 8
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One pair of ranks that was timed against the conv.
+
+    Attributes:
+        ranks: (r_out, r_in).
+        kept: share of the weight's squared norm that the truncated decomposition keeps.
+        seconds: median time of the three convs on the sample.
+        speedup: median over rounds of (the conv's time / theirs).
+    """
+
+    ranks: tuple[int, int]
+    kept: float
+    seconds: float
+    speedup: float
 
 
 @dataclass(frozen=True)
@@ -37,12 +56,16 @@ class TuckerReport:
         parameters: of the conv and of the three convs, bias included.
         flops_ratio: FLOPs of the three convs by those of the conv, on maps that the stride divides:
             (s Ci r_in + k r_in r_out + r_out Co) / (k Ci Co), k taps, s input positions for each output.
+        seconds: median time of the conv on the sample, if ranks were chosen by latency.
+        timed: all pairs of ranks that were timed for that choice, the cheapest first.
     """
 
     ranks: tuple[int, int]
     error: float
     parameters: tuple[int, int]
     flops_ratio: float
+    seconds: float | None = None
+    timed: tuple[Timed, ...] = ()
 
 
 def tucker_from_weight(
@@ -51,8 +74,10 @@ def tucker_from_weight(
     ranks: tuple[int, int] | None = None,
     energy: float | None = None,
     budget: int | float | None = None,
+    speedup: float | None = None,
+    sample: torch.Tensor | None = None,
 ) -> tuple[nn.Sequential, TuckerReport]:
-    """Decompose a conv; exactly one of `ranks`, `energy` and `budget` says how far.
+    """Decompose a conv; exactly one of `ranks`, `energy`, `budget` and `speedup` says how far.
 
     Args:
         conv: a Conv2d without groups; any kernel, stride, padding, padding_mode, dilation, dtype. It is not
@@ -62,6 +87,10 @@ def tucker_from_weight(
             parameters as the truncated higher-order SVD allows.
         budget: at most this many parameters, bias included; or, a float in (0, 1], at most this share of the
             conv's own. Of all ranks within it, those that keep most energy.
+        speedup: at least this many times as fast as the conv, measured here and now on `sample` (forward, without
+            gradient; about 80 forwards of the conv's size). Of up to nine pairs of ranks, each the best for its
+            FLOPs, the one that keeps most energy; the report holds what was timed.
+        sample: (N, Ci, H, W), the input that `speedup` is measured on: batch and size decide what is fast.
 
     Returns:
         nn.Sequential of three Conv2d, (N, Ci, H, W) -> (N, Co, H', W') as the conv, same device, dtype,
@@ -69,7 +98,7 @@ def tucker_from_weight(
 
     Raises:
         AdapterError: no plain Conv2d, groups, a weight that is not finite; none or several of the three are
-            given, or a value is impossible.
+            given, or a value is impossible; or no ranks are as fast as `speedup` asks.
     """
     _check(conv)
     out, inside, *kernel = conv.weight.shape
@@ -80,7 +109,22 @@ def tucker_from_weight(
     core, factors = _higher_order_svd(weight)
     kept = _kept_energy(core)
     counts = _counts(out, inside, taps) + bias
-    chosen = _choose(ranks, energy, budget, kept, counts, own)
+    seconds: float | None = None
+    timed: tuple[Timed, ...] = ()
+    if speedup is None:
+        chosen = _choose(ranks, energy, budget, kept, counts, own)
+    else:
+        if any(value is not None for value in (ranks, energy, budget)):
+            raise AdapterError("speedup is given beside ranks, energy or budget; expected one of them")
+        seconds, timed = _time(conv, core, factors, kept, speedup, sample)
+        fast = [one for one in timed if one.speedup >= speedup]
+        if not fast:
+            best = max(timed, key=lambda one: one.speedup)
+            raise AdapterError(
+                f"no ranks are {speedup:g} times as fast here; the fastest of {len(timed)} that were timed, "
+                f"{best.ranks}, is {best.speedup:.2f} times as fast and keeps {best.kept:.0%} of the energy"
+            )
+        chosen = max(fast, key=lambda one: one.kept).ranks
     core, factors, error = _refined(weight, core, factors, chosen)
     r_out, r_in = chosen
     report = TuckerReport(
@@ -89,6 +133,8 @@ def tucker_from_weight(
         parameters=(own, int(counts[r_out - 1, r_in - 1])),
         flops_ratio=(math.prod(conv.stride) * inside * r_in + taps * r_in * r_out + r_out * out)
         / (taps * inside * out),
+        seconds=seconds,
+        timed=timed,
     )
     return _convs(conv, core, factors), report
 
@@ -137,7 +183,7 @@ def _choose(ranks: Any, energy: Any, budget: Any, kept: np.ndarray, counts: np.n
     """(r_out, r_in) from the one of the three that is given."""
     given = [name for name, value in (("ranks", ranks), ("energy", energy), ("budget", budget)) if value is not None]
     if len(given) != 1:
-        raise AdapterError(f"expected one of ranks, energy, budget; got {' and '.join(given) or 'none'}")
+        raise AdapterError(f"expected one of ranks, energy, budget, speedup; got {' and '.join(given) or 'none'}")
     if ranks is not None:
         pair = tuple(ranks) if isinstance(ranks, (tuple, list)) else ()
         fits = len(pair) == 2 and all(isinstance(r, int) and not isinstance(r, bool) for r in pair)
@@ -159,6 +205,51 @@ def _choose(ranks: Any, energy: Any, budget: Any, kept: np.ndarray, counts: np.n
     return _at(np.where(counts <= limit, -kept, np.inf))
 
 
+def _time(
+    conv: nn.Conv2d, core: np.ndarray, factors: list[np.ndarray], kept: np.ndarray, speedup: Any, sample: Any
+) -> tuple[float, tuple[Timed, ...]]:
+    """Median seconds of the conv on `sample`, and of the best ranks for several shares of its FLOPs."""
+    from vislr.measure import interleaved
+
+    if isinstance(speedup, bool) or not isinstance(speedup, (int, float)) or not 0 < speedup < math.inf:
+        raise AdapterError(f"speedup is {speedup!r}; expected a number above 0")
+    shape = tuple(sample.shape) if torch.is_tensor(sample) else ()
+    if len(shape) != 4 or shape[1] != conv.in_channels:
+        raise AdapterError(f"sample has shape {shape}; speedup is measured on (N, {conv.in_channels}, H, W)")
+    out, inside, *kernel = conv.weight.shape
+    taps = math.prod(kernel)
+    r_out, r_in = np.arange(1, out + 1)[:, None], np.arange(1, inside + 1)[None]
+    flops = math.prod(conv.stride) * inside * r_in + taps * r_in * r_out + out * r_out
+    odd = [(r % min(_STEP, size) != 0) for r, size in ((r_out, out), (r_in, inside))]
+    usable = np.where(odd[0] | odd[1], -1.0, kept)
+    pairs = [_at(np.where(flops <= share * taps * inside * out, -usable, np.inf)) for share in _SHARES]
+    cheapest = (min(_STEP, out), min(_STEP, inside))
+    ranks = list(dict.fromkeys(pair for pair in pairs if usable[pair[0] - 1, pair[1] - 1] >= 0)) or [cheapest]
+    convs = {pair: _convs(conv, core[: pair[0], : pair[1]], _cut(factors, pair)) for pair in ranks}
+    given = sample.detach().to(conv.weight.device, conv.weight.dtype)
+
+    def call(layer: nn.Module) -> Any:
+        def forward() -> None:
+            with torch.no_grad():
+                layer(given)
+
+        return forward
+
+    calls = {"conv": call(conv)} | {str(pair): call(layers) for pair, layers in convs.items()}
+    times = interleaved(calls, baseline="conv", rounds=7, warmup=2, device=given.device)
+    timed = [
+        Timed(
+            pair, float(kept[pair[0] - 1, pair[1] - 1]), times[str(pair)].value, times[str(pair)].parts["speedup"].value
+        )
+        for pair in ranks
+    ]
+    return times["conv"].value, tuple(timed)
+
+
+def _cut(factors: list[np.ndarray], ranks: tuple[int, int]) -> list[np.ndarray]:
+    return [factor[:, :rank].copy() for factor, rank in zip(factors, ranks, strict=True)]
+
+
 def _at(cost: np.ndarray) -> tuple[int, int]:
     row, column = np.unravel_index(np.argmin(cost), cost.shape)
     return int(row) + 1, int(column) + 1
@@ -171,7 +262,7 @@ def _refined(
     import tensorly
     from tensorly.decomposition import partial_tucker
 
-    start = [factor[:, :rank].copy() for factor, rank in zip(factors, ranks, strict=True)]
+    start = _cut(factors, ranks)
     truncated = core[: ranks[0], : ranks[1]].copy()
     norm = np.linalg.norm(weight)
     if norm == 0 or ranks == weight.shape[:2]:

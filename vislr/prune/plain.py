@@ -84,7 +84,7 @@ def _refuse(name: str, unit: str, kind: str) -> FormatError:
     )
 
 
-def _only_blocks(name: str, removed: dict[str, nn.Module]) -> None:
+def _only_blocks(name: str, removed: dict[str, Removed]) -> None:
     for unit, part in removed.items():
         if not re.fullmatch(r"(single_)?transformer_blocks\.\d+", unit):
             raise _refuse(name, unit, str(part.removed_unit))
@@ -93,7 +93,7 @@ def _only_blocks(name: str, removed: dict[str, nn.Module]) -> None:
             raise _refuse(name, unit, f"{part.removed_unit}, which the output layer reads")
 
 
-def _block_depths(module: Any, config: dict[str, Any], removed: dict[str, nn.Module]) -> dict[str, Any]:
+def _block_depths(module: Any, config: dict[str, Any], removed: dict[str, Removed]) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     for blocks, key in _DEPTHS.items():
         if hasattr(module, blocks):
@@ -124,7 +124,7 @@ def _last_context(module: Any, state: dict[str, torch.Tensor]) -> dict[str, torc
     return state
 
 
-def _unet_depths(module: Any, removed: dict[str, nn.Module]) -> dict[str, Any]:
+def _unet_depths(module: Any, removed: dict[str, Removed]) -> dict[str, Any]:
     for unit, part in removed.items():
         if not re.fullmatch(r".+\.attentions\.\d+\.transformer_blocks\.\d+", unit):
             raise _refuse(type(module).__name__, unit, str(part.removed_unit))
@@ -146,7 +146,7 @@ def _unet_depths(module: Any, removed: dict[str, nn.Module]) -> dict[str, Any]:
     return {"transformer_layers_per_block": down, "reverse_transformer_layers_per_block": up}
 
 
-def _renumbered(state: dict[str, torch.Tensor], removed: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+def _renumbered(state: dict[str, torch.Tensor], removed: dict[str, Removed]) -> dict[str, torch.Tensor]:
     """Keys with the numbers that blocks have once the removed ones do not count."""
     gaps: dict[str, list[int]] = {}
     for unit in removed:
@@ -163,7 +163,7 @@ def _renumbered(state: dict[str, torch.Tensor], removed: dict[str, nn.Module]) -
     return {new(key): value for key, value in state.items()}
 
 
-def _check(name: str, config: dict[str, Any], state: dict[str, torch.Tensor], removed: dict[str, nn.Module]) -> None:
+def _check(name: str, config: dict[str, Any], state: dict[str, torch.Tensor], removed: dict[str, Removed]) -> None:
     """The stock class, built from the config, must have exactly these tensors."""
     import diffusers
 

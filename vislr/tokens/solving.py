@@ -133,15 +133,16 @@ def solve(counter: Counter, build: Callable[[float], TokenPlan], target: float, 
             f"{_saved(target, counter)} of the FLOPs cannot be saved this way: at most {_saved(cost[least], counter)} "
             f"({counter.dense / cost[least]:.2f}x) with {least:.0%} of the tokens kept"
         )
-    low, high = least, 1.0
-    middle = 0.5
-    while abs(cost[low] - target) > 1e-3 * target and high - low > 0.4 / counter.tokens:
+    low, high, middle = least, 1.0, 0.5
+    while min(abs(one - target) for one in cost.values()) > 1e-3 * target and high - low > 0.4 / counter.tokens:
+        width = high - low
         cost[middle] = counter(build(middle)).average
         if cost[middle] > target:
             high = middle
         else:
             low = middle
-        middle = _guess(low, high, cost, target)
+        # A guess that hardly narrows the bracket is followed by a bisection, so that the search ends.
+        middle = _guess(low, high, cost, target) if high - low < 0.6 * width else (low + high) / 2
     keep = min(cost, key=lambda k: abs(cost[k] - target))
     if abs(cost[keep] - target) > CLOSE * target:
         above = counter.dense if high == 1 else cost[high]

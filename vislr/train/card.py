@@ -97,14 +97,14 @@ def _pipeline(config: TrainConfig, result: Result, kind: str, components: int) -
     else:
         lines += [
             "For diffusers alone (`pipe.load_lora_weights`), write it in its format:", "", "```",
-            "vislr convert adapter.safetensors --to diffusers --out adapter-diffusers.safetensors", "```", "",
+            "vislr convert adapter.safetensors adapter-diffusers.safetensors --format diffusers", "```", "",
         ]  # fmt: skip
     if form in ("kohya", "comfy"):
         lines += ["With ComfyUI: put `adapter.safetensors` into `models/loras` and add a LoraLoader node.", ""]
     else:
         lines += [
             "For ComfyUI, write it in its format, put it into `models/loras` and add a LoraLoader node:", "", "```",
-            "vislr convert adapter.safetensors --to comfy --out adapter-comfy.safetensors", "```", "",
+            "vislr convert adapter.safetensors adapter-kohya.safetensors --format kohya", "```", "",
         ]  # fmt: skip
     lines.append(f"Trained{_with(config)}.")
     if config.objective.zero_terminal_snr:

@@ -25,7 +25,8 @@ def make_accelerator(precision: str = "fp32", processes: int | None = None) -> A
         processes: how many processes must take part; None: as many as were started.
 
     Raises:
-        LaunchError: another number takes part, or the launcher started more processes than found each other.
+        LaunchError: another number takes part, the launcher started more processes than found each other, or
+            the model is to be sharded over them.
     """
     from accelerate import Accelerator
 
@@ -33,6 +34,12 @@ def make_accelerator(precision: str = "fp32", processes: int | None = None) -> A
         accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
     except ValueError as error:
         raise LaunchError(f"precision {precision} is not possible here: {error}") from error
+    kind = str(accelerator.distributed_type.value)
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise LaunchError(
+            f"accelerate's config asks for {kind}; expected one process a device without sharding: adapters leave "
+            "little to shard, and model.storage (fp8, int8, nf4) makes the base smaller"
+        )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     real = accelerator.num_processes
     if started != real:
