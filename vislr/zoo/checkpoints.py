@@ -74,13 +74,12 @@ def _sixteen_tokens() -> Any:
 
     from vislr.zoo.vocabulary import MAX_TOKENS
 
-    class StableDiffusion3Pipeline(Stock):
-        @functools.wraps(Stock.__call__)
-        def __call__(self, *args: Any, max_sequence_length: int = MAX_TOKENS, **options: Any) -> Any:
-            return super().__call__(*args, max_sequence_length=max_sequence_length, **options)
+    def call(self: Any, *args: Any, max_sequence_length: int = MAX_TOKENS, **options: Any) -> Any:
+        return Stock.__call__(self, *args, max_sequence_length=max_sequence_length, **options)
 
-    StableDiffusion3Pipeline.__module__ = Stock.__module__
-    return StableDiffusion3Pipeline
+    # diffusers reads the signature, which `wraps` keeps.
+    body = {"__call__": functools.wraps(Stock.__call__)(call), "__module__": Stock.__module__}
+    return type("StableDiffusion3Pipeline", (Stock,), body)
 
 
 def cards() -> dict[str, dict[str, Any]]:
