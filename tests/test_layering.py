@@ -82,7 +82,7 @@ def test_the_linked_rooms_are_read():
     """The folders behind the links are part of the walk, or violations in them would pass."""
     assert any((ROOT / "pipelines").rglob("*.py"))
     tree = ast.parse((ROOT / "pipelines" / "describe.py").read_text(encoding="utf-8"))
-    assert {room for _, room in rooms_imported(tree, ("vislr", "pipelines"))} == {"core", "anatomy", "zoo"}
+    assert {room for _, room in rooms_imported(tree, ("vislr", "pipelines"))} >= {"core", "anatomy", "zoo"}
 
 
 PLANTED = {

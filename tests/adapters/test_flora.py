@@ -10,6 +10,7 @@ from vislr.adapters import FloraConfig, adapter_parameters, attach, set_adapters
 from vislr.adapters.flora import delta_weight, use_chain
 from vislr.adapters.geometry import geometry_of
 from vislr.core.errors import AdapterError
+from vislr.kernels import dispatch
 
 
 def parts(shape, ranks, seed=0):
@@ -171,3 +172,27 @@ def test_ranks_that_do_not_fit(ranks, message):
     with pytest.raises(AdapterError, match=message):
         attach(net, FloraConfig(ranks=ranks, target_modules=["layer"]), "a")
     assert net["layer"] is original
+
+
+@pytest.mark.parametrize("conv", [{"padding": 1}, {"stride": 2, "padding": 1}, {"padding": 2, "dilation": 2}])
+def test_the_fused_kernel_gives_what_the_chain_gives(conv, monkeypatch):
+    """On a GPU one kernel adds the adapter to the base's output; here Triton's interpreter runs it."""
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"layer": nn.Conv2d(12, 16, 3, **conv)})
+    attach(net, FloraConfig(ranks=[4, 4, 3, 3], target_modules=["layer"]), "a")
+    parameters = list(adapter_parameters(net, "a").values())
+    for p in parameters:
+        nn.init.normal_(p, std=0.5)
+    fused = []
+    original = dispatch.use_kernel
+    monkeypatch.setattr("vislr.kernels.tucker_conv.use_kernel", lambda x: fused.append(1) or original(x))
+    x = torch.randn(2, 12, 8, 8)
+    results = []
+    for mode in ("reference", "kernel"):
+        with dispatch.use(mode):
+            y = net["layer"](x)
+            results.append((y, torch.autograd.grad(y.square().mean(), parameters)))
+    assert fused  # the second went through the kernel
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=1e-4)
+    for a, b in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

@@ -27,6 +27,7 @@ from torch import nn
 from vislr.adapters.geometry import Geometry, cut
 from vislr.adapters.layer import DeltaLayer, DeltaTuner
 from vislr.core.errors import AdapterError
+from vislr.kernels.dispatch import use_kernel
 
 PEFT_TYPE = "FLORA"
 FACTORS = ("flora_out", "flora_in", "flora_k1", "flora_k2", "flora_k3")
@@ -198,6 +199,26 @@ class FloraLayer(DeltaLayer):
         if use_chain(self.geometry, self.r[name], self.geometry.positions(x)):
             return chain_forward(x, *self._parts(name, x.dtype), self.scaling[name], self.geometry)
         return self.geometry.convolve(x, self.delta(name).to(x.dtype), self.geometry.groups)
+
+    def added(self, name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        g = self.geometry
+        if not self._fuses(x, result) or not use_chain(g, self.r[name], g.positions(x)):
+            return super().added(name, x, result)
+        from vislr.kernels.tucker_conv import tucker_convolution
+
+        core, (up, down, *rest) = self._parts(name, x.dtype)
+        for mode, factor in enumerate(rest, start=2):
+            core = mode_product(core, factor, mode)
+        padding = [before for before, _ in g.padding or ()]
+        return tucker_convolution(x, down.T, core, up, result, self.scaling[name], g.stride, padding, g.dilation)
+
+    def _fuses(self, x: torch.Tensor, result: torch.Tensor) -> bool:
+        """Whether the fused kernel of `vislr.kernels` runs here and takes this layer: a GPU, an ordinary 2-D conv."""
+        g = self.geometry
+        return (
+            g.dims == 2 and g.groups == 1 and g.padding_mode == "zeros" and g.padding is not None
+            and all(before == after for before, after in g.padding) and x.dtype == result.dtype and use_kernel(x)
+        )  # fmt: skip
 
 
 class FloraModel(DeltaTuner):

@@ -137,9 +137,15 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             if name in self.scaling and name not in self.merged_adapters:
                 single = self.geometry.dims > 0 and x.dim() == self.geometry.dims + 1
                 inputs = F.dropout(x, self.dropout[name], self.training) if self.dropout[name] else x
-                added = self.activation(name, inputs[None] if single else inputs)
-                result = result + (added[0] if single else added)
+                if single:
+                    result = self.added(name, inputs[None], result[None])[0]
+                else:
+                    result = self.added(name, inputs, result)
         return result
+
+    def added(self, name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """`result`, the layer's output so far for x, with the activation of one adapter."""
+        return result + self.activation(name, x)
 
     def delta(self, name: str, scale: float | None = None) -> torch.Tensor:
         """The delta of adapter `name`: shape of the weight, float32 (float64 for float64 parameters).
