@@ -61,6 +61,8 @@ class Variant:
 
     def __init__(self, name: str, unet: nn.Module, a: argparse.Namespace) -> None:
         unet.train().requires_grad_(False)
+        if a.channels_last:
+            unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.unet, self.kept = unet, []
         parameters = self.put_on(name, unet, a)
         self.count = sum(parameter.numel() for parameter in parameters)
@@ -157,6 +159,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--name", help="of the record; default: adapters-SET-sd15-DEVICE")
     parser.add_argument("--dry", action="store_true", help="write no record")
     parser.add_argument("--only-memory", help=argparse.SUPPRESS)
@@ -172,8 +175,11 @@ def main() -> None:
     made: dict[str, Callable[[], None]] = {name: Variant(name, twin_of(base, a.width), a) for name in names}
     times = measure.interleaved(made, baseline="peft lora", rounds=a.rounds, warmup=1, device=a.device)
     figures: dict[str, measure.Measurement] = {}
-    lines = [f"SD 1.5's UNet at width {a.width}, batch {a.batch}, latents {a.latent}, {a.dtype}, {a.device}"]
-    settings = {"width": a.width, "batch": a.batch, "latent": a.latent, "dtype": a.dtype, "device": a.device}
+    lines = [
+        f"SD 1.5's UNet at width {a.width}, batch {a.batch}, latents {a.latent}, {a.dtype}, {a.device}{', channels last' * a.channels_last}"
+    ]
+    settings = {"width": a.width, "batch": a.batch, "latent": a.latent, "dtype": a.dtype, "device": a.device,
+                "channels_last": a.channels_last}  # fmt: skip
     how = "peak over the process after imports: weights, adapter, optimiser, two steps"
     for name in names:
         figures[f"step, {name}"] = times[name]

@@ -151,7 +151,8 @@ def main() -> None:
         seconds = statistics.fmean(json.loads((out / "report.json").read_text())["seconds"] for out in outs)
         lines.append(
             f"{method} {fields}, {count:,} parameters, lr {lr:g} of {losses}: "
-            f"held-out loss {loss_of(outs[0])[0]:.4f} -> {statistics.fmean(after):.4f} ({min(after):.4f} to {max(after):.4f}), "
+            f"held-out loss {loss_of(outs[0])[0]:.4f} -> {statistics.fmean(after):.4f} "
+            f"({min(after):.4f} to {max(after):.4f}), "
             f"kid {', '.join(map(str, kids))}, {seconds:.0f} s of training"
         )
     truth = {picture.caption: picture.image() for picture in held_out}

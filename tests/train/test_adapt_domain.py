@@ -327,3 +327,12 @@ def test_every_config_says_every_key_with_a_comment(file):
     for number, line in enumerate(lines):
         if re.match(r"\s*\w+: \S", line):
             assert lines[number - 1].lstrip().startswith("#"), line
+
+
+def test_the_pages_example_runs(tmp_path, monkeypatch):
+    page = CONFIGS.parents[1] / "docs" / "adapt-domain.md"
+    examples = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(examples) == 1
+    monkeypatch.chdir(tmp_path)
+    exec(compile(examples[0], str(page), "exec"), {})
+    assert (tmp_path / "adapted" / "both.safetensors").stat().st_size > 0

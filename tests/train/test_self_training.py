@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -391,6 +393,24 @@ def test_a_stopped_run_goes_on_bit_for_bit(stop, tmp_path):
         )  # fmt: skip
     with pytest.raises(vislr.VislrError, match="cannot resume: data"):
         adapt(config("parts", resume=True), small_segmenter(), source, discs(2, 0.4, 0.5, seed=2))
+
+
+def test_a_signal_leaves_and_keeps_what_is_done(tmp_path):
+    source, target = discs(3), discs(2, 0.5, 0.5, seed=2)
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def kill(stage, epoch):
+        if (stage, epoch) == ("convlora", 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return False
+
+    with pytest.raises(Interrupted, match="the epochs made so far are kept; go on"):
+        adapt(settings(tmp_path), small_segmenter(), source, target, stop=kill)
+    assert signal.getsignal(signal.SIGTERM) is handler
+    again = adapt(
+        settings(tmp_path, output=ShiftOutputConfig(str(tmp_path), resume=True)), small_segmenter(), source, target
+    )
+    assert len(again.trials["convlora"].losses) == 2
 
 
 def test_a_head_is_trained_on_source_statistics(tmp_path):

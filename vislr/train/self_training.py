@@ -8,7 +8,10 @@ BatchNorms. The epoch whose early and full outputs agree best is kept; labels of
 
 from __future__ import annotations
 
+import contextlib
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -505,25 +508,19 @@ def check_variants(run: _Run) -> None:
             detach(run.model, each)
 
 
-def _interruptible() -> Any:
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
     """Ctrl-C and SIGTERM become `Interrupted`; whole epochs are on disk already."""
-    import contextlib
-    import signal
-    import threading
 
-    @contextlib.contextmanager
-    def guard() -> Iterator[None]:
-        def leave(number: int, frame: Any) -> None:
-            raise KeyboardInterrupt
+    def leave(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
 
-        main = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGTERM, leave) if main else None
-        try:
-            yield
-        except KeyboardInterrupt as error:
-            raise Interrupted(f"interrupted; the epochs made so far are kept; {GO_ON}") from error
-        finally:
-            if main:
-                signal.signal(signal.SIGTERM, before)
-
-    return guard()
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, leave) if main else None
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"interrupted; the epochs made so far are kept; {GO_ON}") from error
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
