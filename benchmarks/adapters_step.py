@@ -175,8 +175,10 @@ def main() -> None:
     made: dict[str, Callable[[], None]] = {name: Variant(name, twin_of(base, a.width), a) for name in names}
     times = measure.interleaved(made, baseline="peft lora", rounds=a.rounds, warmup=1, device=a.device)
     figures: dict[str, measure.Measurement] = {}
+    layout = ", channels last" if a.channels_last else ""
     lines = [
-        f"SD 1.5's UNet at width {a.width}, batch {a.batch}, latents {a.latent}, {a.dtype}, {a.device}{', channels last' * a.channels_last}"
+        f"SD 1.5's UNet at width {a.width}, batch {a.batch}, latents {a.latent}, {a.dtype}, {a.device}{layout}",
+        f"{len(convs_of(base))} convs" if a.set == "convs" else "every conv and linear; SaRA: norms too",
     ]
     settings = {"width": a.width, "batch": a.batch, "latent": a.latent, "dtype": a.dtype, "device": a.device,
                 "channels_last": a.channels_last}  # fmt: skip

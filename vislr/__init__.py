@@ -70,7 +70,8 @@ _ROOMS = (
     "prune",
     "recipe",
     "record",
-    "tokens", "train",
+    "tokens",
+    "train",
     "zoo",
 )
 

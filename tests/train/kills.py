@@ -55,7 +55,7 @@ def train(pictures: Path, folder: Path) -> None:
 
 
 def start(pictures: Path, folder: Path, point: int | None = None) -> int:
-    """Fork a child that trains; with `point` it kills itself at that event inside its second save."""
+    """Fork a child that trains; with `point` it kills itself at that event inside its third save."""
     child = os.fork()
     if child:
         return child
@@ -73,7 +73,7 @@ def start(pictures: Path, folder: Path, point: int | None = None) -> int:
 
 
 def inject(point: int) -> None:
-    """Count what a save does to the disk, from the second save on, and die at event number `point`."""
+    """Write down what the third save does to the disk, and die at event number `point` (-1: at none)."""
     from vislr.core import files
     from vislr.train import checkpoints, progress
 
@@ -81,8 +81,9 @@ def inject(point: int) -> None:
 
     def event(what: str) -> None:
         if state["inside"]:
+            with Path(os.environ["KILLED_AT"]).open("a") as file:
+                file.write(f"{what}\n")
             if state["events"] == point:
-                Path(os.environ["KILLED_AT"]).write_text(what)
                 os.kill(os.getpid(), signal.SIGKILL)
             state["events"] += 1
 
@@ -90,13 +91,14 @@ def inject(point: int) -> None:
         original = getattr(owner, name)
 
         def wrapped(*args, **kwargs):
-            event(f"before {what}")
+            kind = f"{what} a {'folder' if Path(args[0]).is_dir() else 'file'}"
+            event(f"before {kind}")
             if what == "removing" and state["inside"] and Path(args[0]).is_dir():
                 some = next(path for path in sorted(Path(args[0]).rglob("*")) if path.is_file())
                 some.unlink()
-                event("in the middle of removing")
+                event("in the middle of removing a folder")
             result = original(*args, **kwargs)
-            event(f"after {what}")
+            event(f"after {kind}")
             return result
 
         setattr(owner, name, wrapped)
@@ -116,7 +118,6 @@ def inject(point: int) -> None:
     checkpoints.write_tensors = half_written
     around(files.os, "rename", "renaming")
     around(files.os, "replace", "replacing")
-    around(files, "_flush", "flushing")
     around(checkpoints.shutil, "rmtree", "removing")
     save = progress.save_checkpoint
 
@@ -170,7 +171,8 @@ def main(pictures: Path, out: Path, mode: str, count: int) -> dict:
     """Do it; returns what is printed."""
     reference = out / "reference"
     began, first = time.monotonic(), 0.0
-    child = start(pictures, reference)
+    os.environ["KILLED_AT"] = str(out / "events")
+    child = start(pictures, reference, -1 if mode == "inside" else None)
     done = status = 0
     while not done:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -203,23 +205,31 @@ def main(pictures: Path, out: Path, mode: str, count: int) -> dict:
             steps.append(now)
         killed(start(pictures, folder))
         return {"kills": kills, "steps": steps, "same": same_end(folder, reference)}
+    events = (out / "events").read_text().splitlines()
     points = []
-    for number in range(count):
-        folder = out / f"inside-{number}"
-        os.environ["KILLED_AT"] = str(out / f"killed-at-{number}")
-        # Spread over all that a save does.
-        assert killed(start(pictures, folder, number * EVENTS // count)), f"point {number} was not reached"
+    for number, point in enumerate(chosen(events, count)):
+        folder, log = out / f"inside-{number}", out / f"killed-at-{number}"
+        os.environ["KILLED_AT"] = str(log)
+        assert killed(start(pictures, folder, point)), f"point {point} was not reached"
+        assert log.read_text().splitlines()[-1] == events[point]
         left = last_step(folder)
         assert left in (2 * EVERY, 3 * EVERY), f"after a kill inside the save of step {3 * EVERY} {left} is left"
         assert not killed(start(pictures, folder))
-        assert same_end(folder, reference), f"point {number}"
-        points.append((Path(os.environ["KILLED_AT"]).read_text(), left))
+        assert same_end(folder, reference), events[point]
+        points.append((events[point], left))
         shutil.rmtree(folder)
     return {"points": points, "same": True}
 
 
-# What a save does to the disk, counted once (`test_kills.py` checks that the last one is reached).
-EVENTS = 77
+def chosen(events: list[str], count: int) -> list[int]:
+    """Numbers of `count` events: one of each sort, evenly if there are more sorts, then others."""
+    sorts = list({what: number for number, what in reversed(list(enumerate(events)))}.values())[::-1]
+    if count <= len(sorts):
+        return [sorts[i * len(sorts) // count] for i in range(count)]
+    others = [number for number in range(len(events)) if number not in sorts]
+    more = count - len(sorts)
+    return sorted(sorts + [others[i * len(others) // more] for i in range(more)])
+
 
 if __name__ == "__main__":
     print(json.dumps(main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))))

@@ -110,7 +110,8 @@ def chain_forward(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: floa
         grouped = cut(x, geometry.groups)  # (N g, Cg, *S)
         maps = [geometry.convolve(grouped[:, a:b], kernel) for a, b, kernel in _shifted(A, geometry.shape)]
         h = torch.cat(maps, 1)  # (N g, k1 r k1, *S')
-    return geometry.mix(h, B.reshape(out, -1) * scale)
+    matrix = B.reshape(out, -1)
+    return geometry.mix(h, matrix if scale == 1 else matrix * scale)
 
 
 def _shifted(A: torch.Tensor, shape: tuple[int, ...]) -> list[tuple[int, int, torch.Tensor]]:

@@ -141,11 +141,13 @@ def chain_forward(
     """
     if not geometry.dims:
         return F.linear(F.linear(F.linear(x, factors[1].T), core) * scale, factors[0])
-    kernel = core
-    for mode in range(2, len(factors)):
-        kernel = mode_product(kernel, factors[mode], mode)  # (r_out, r_in, *K)
+    # All kernel axes in one product: their factors are small, and so is the Kronecker product of them.
+    spatial = factors[2] if scale == 1 else factors[2] * scale
+    for factor in factors[3:]:
+        spatial = (spatial[:, None, :, None] * factor[None, :, None, :]).flatten(2).flatten(0, 1)
+    kernel = (core.flatten(2).flatten(0, 1) @ spatial.T).reshape(*core.shape[:2], *geometry.shape[2:])
     narrow = geometry.pointwise(cut(x, geometry.groups), factors[1].T)  # (N g, r_in, *S)
-    h = geometry.convolve(narrow, kernel) * scale  # (N g, r_out, *S')
+    h = geometry.convolve(narrow, kernel)  # (N g, r_out, *S')
     return geometry.mix(h, factors[0])
 
 

@@ -69,8 +69,8 @@ class Interrupted(VislrError):
 
 
 def nearest(given: str, choices: Iterable[str], count: int = 3) -> list[str]:
-    """The up to `count` choices that are spelled most like `given`, best first; of long lists the first 2,000 count."""
-    return difflib.get_close_matches(given, list(choices)[:2000], n=count, cutoff=0.4)
+    """The up to `count` choices that are spelled most like `given`, best first; of long lists the first 8,000 count."""
+    return difflib.get_close_matches(given, list(choices)[:8000], n=count, cutoff=0.4)
 
 
 def hint(given: str, choices: Iterable[str]) -> str:

@@ -136,7 +136,9 @@ def make_manifest(
     if kind == "convlora":
         # Its factors alone do not tell a kernel's axes from channels.
         modules = modules_outside(module)
-        manifest["shapes"] = {site: list(innermost(modules[site]).weight.shape) for site in sites}  # type: ignore[arg-type]
+        # A BatchNorm beside them may have no weight; statistics need no shape.
+        weights = {site: getattr(innermost(modules[site]), "weight", None) for site in sites}
+        manifest["shapes"] = {site: list(weight.shape) for site, weight in weights.items() if weight is not None}
     if statistics is not None:
         manifest["statistics"] = plain_config(statistics)
     return json.dumps(manifest, sort_keys=True)

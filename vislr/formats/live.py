@@ -102,7 +102,8 @@ def canonical_of(target: Any, name: str) -> CanonicalAdapter:
     for component, module in carrying(target, name).items():
         kind = kind_of_config(module.peft_config[name])  # type: ignore[index]
         for site, layer in adapter_layers(module, name).items():
-            shape = tuple(layer.get_base_layer().weight.shape)
+            weight = getattr(layer.get_base_layer(), "weight", None)  # a BatchNorm may have none
+            shape = () if weight is None else tuple(weight.shape)
             path = _canonical_path(component, site)
             if isinstance(layer, ImportedLayer):
                 entry = Entry(layer.imported_kinds[name], layer.file_tensors(name), shape)

@@ -186,8 +186,9 @@ def processes() -> tuple[int, int]:
     """(rank, number) of the processes that a launcher started; (0, 1) without one."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or torch.distributed.is_initialized():
         from accelerate import PartialState
+        from accelerate.utils import parse_flag_from_env
 
-        state = PartialState()
+        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
         return state.process_index, state.num_processes
     return 0, 1
 

@@ -208,7 +208,10 @@ _FREE = (
     "sample",
     "processes",
     "dry_run",
+    "check_data",
     "data.workers",
+    "data.cache_folder",
+    "data.cache_limit_gb",
     "held_out.every",
     "optim.batch",
     "optim.accumulation",
@@ -222,8 +225,11 @@ def check_same_run(stored: Mapping[str, Any], present: Mapping[str, Any]) -> Non
         ConfigError: names the first key that differs.
     """
     old, new = _flat(stored), _flat(present)
+    # Where the held-out loss decides what the result is, so does when it is taken.
+    decides = new.get("held_out.patience") or new.get("held_out.keep") == "best"
     for key in sorted(old.keys() | new.keys()):
         free = any(key == name or key.startswith(f"{name}.") for name in _FREE)
+        free = free and not (decides and key == "held_out.every")
         if not free and old.get(key) != new.get(key):
             raise ConfigError(
                 f"cannot resume: {key} was {old.get(key)!r} and is {new.get(key)!r}; give the old value, "

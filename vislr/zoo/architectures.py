@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vislr.zoo.vocabulary import MAX_TOKENS
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
+    from diffusers import AutoencoderKL
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 TEXT_WIDTH = 64
@@ -27,8 +27,8 @@ def make_vae() -> AutoencoderKL:
     )  # fmt: skip
 
 
-def make_unet() -> UNet2DConditionModel:
-    """Three levels, two transformer blocks a transformer at the two with more than one, 3.9 M parameters."""
+def make_unet() -> Any:
+    """UNet2DConditionModel: three levels, two transformer blocks a transformer at the two with more than one, 3.9 M parameters."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -39,8 +39,8 @@ def make_unet() -> UNet2DConditionModel:
     )  # fmt: skip
 
 
-def make_mmdit() -> SD3Transformer2DModel:
-    """Thirteen joint blocks of width 80 on 64 image tokens, 3.0 M parameters.
+def make_mmdit() -> Any:
+    """SD3Transformer2DModel: thirteen joint blocks of width 80 on 64 image tokens, 3.0 M parameters.
 
     Both CLIP slots of the pipeline hold the same text model, so a text token is twice `TEXT_WIDTH` wide.
     """
