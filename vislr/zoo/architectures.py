@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Any
 from vislr.zoo.vocabulary import MAX_TOKENS
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 TEXT_WIDTH = 64
 LATENT_SIZE = 16
 
 
-def make_vae() -> AutoencoderKL:
-    """64 px to 4 x 16 x 16, .78 M parameters. No attention, so that crops of 32 px train the same function."""
+def make_vae() -> Any:
+    """AutoencoderKL, 64 px to 4 x 16 x 16, .78 M parameters.
+
+    No attention, so that crops of 32 px train the same function.
+    """
     from diffusers import AutoencoderKL
 
     levels = 3
@@ -28,7 +30,7 @@ def make_vae() -> AutoencoderKL:
 
 
 def make_unet() -> Any:
-    """UNet2DConditionModel: three levels, two transformer blocks a transformer at the two with more than one, 3.9 M parameters."""
+    """UNet2DConditionModel, 3.9 M parameters: three levels, two transformer blocks a transformer at two of them."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
