@@ -5,7 +5,8 @@
 
 Random weights (speed and memory do not depend on them), batch 1, 32 x 32 latents unless flags say otherwise. All
 variants of `convs` sit on the same convs and have about the same number of parameters, which the record states.
-Needs the extra `bench` (lycoris-lora). About 6 and 8 minutes on two idle cores, 8 GiB. Writes a record.
+Needs the extra `bench` (lycoris-lora). About 15 and 8 minutes on two idle cores; 12 GiB
+for `convs`, where LyCORIS keeps a composed weight for every conv, 6 for `sparse`. Writes a record.
 `--width 32 --latent 16 --dry` tries it out in seconds.
 """
 

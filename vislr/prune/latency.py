@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -27,8 +26,9 @@ def with_latency(
     """The inventory with measured nanoseconds a forward, for `plan_layers(..., budget="latency")`.
 
     A unit's latency is the time between entering and leaving it, less what stays of it (shortcuts):
-    the median over rounds, eager, one call at a time. Times of units depend on the machine, its
-    threads and the shapes; what a plan really saves is measured by `vislr.measure.interleaved`.
+    the shortest of the rounds, eager, one call at a time; the model's is the sum of its units and of
+    the shortest rest, so that what a busy machine adds to a forward counts nowhere. Times depend on the
+    machine, its threads and the shapes; what a plan really saves is measured by `vislr.measure.interleaved`.
 
     Args:
         target: pipeline or model, where it will run. inputs: keyword arguments of one forward.
@@ -58,15 +58,26 @@ def with_latency(
                         samples[name].append(value)
     finally:
         module.train(training)
-    median = {name: int(statistics.median(values)) if values else 0 for name, values in samples.items()}
-    own = {name: max(0, median[name] - sum(median[child] for child in kept[name])) for name in kept}
+    own = {
+        name: [spent - sum(rest) for spent, *rest in zip(samples[name], *(samples[c] for c in kept[name]), strict=True)]
+        for name in kept
+    }
     bonuses: list[Bonus] = []
+    beyond: list[list[int]] = []
     for bonus in inventory.bonuses:
-        nested = [other for other in bonuses if set(other.units) <= set(bonus.units)]
-        inside = sum(own[name] for name in bonus.units) + sum(other.latency for other in nested)
-        bonuses.append(replace(bonus, latency=max(0, own[bonus.name] - inside)))
-    units = tuple(replace(unit, latency=own[unit.name]) for unit in inventory.units)
-    return replace(inventory, units=units, bonuses=tuple(bonuses), latency=max(1, median[""]))
+        inside = [own[name] for name in bonus.units]
+        inside += [part for other, part in zip(bonuses, beyond, strict=True) if set(other.units) <= set(bonus.units)]
+        beyond.append(_less(own[bonus.name], inside))
+        bonuses.append(replace(bonus, latency=max(0, min(beyond[-1]))))
+    units = tuple(replace(unit, latency=max(1, min(own[unit.name]))) for unit in inventory.units)
+    rest = min(_less(samples[""], [own[unit.name] for unit in units] + beyond))
+    total = sum(unit.latency for unit in units) + sum(bonus.latency for bonus in bonuses) + max(0, rest)
+    return replace(inventory, units=units, bonuses=tuple(bonuses), latency=total)
+
+
+def _less(times: list[int], parts: list[list[int]]) -> list[int]:
+    """Round by round what is left of `times` without the parts."""
+    return [time - sum(part[i] for part in parts) for i, time in enumerate(times)]
 
 
 @contextlib.contextmanager
