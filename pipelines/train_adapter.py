@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     target, head = setup.load_base(config, len(train.classes))
     if not train.classes:
         check_prompts(target, setup.texts_of(config, train, held_out))
+    pruned = setup.put_tokens(config, target)
     applied = setup.attach(config, target)
     save_adapter = setup.adapter_writer(config, target)
     trainable = sum(report.trainable for report in applied)
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     needed = results.bytes_needed(
         config, trainable, max(6, len(config.sample.prompts)) * (len(config.sample.seeds) + 1)
     )
-    accelerator.print(_plan(config, train, held_out, applied, trainable, needed, accelerator.num_processes))
+    accelerator.print(_plan(config, train, held_out, pruned + applied, trainable, needed, accelerator.num_processes))
     if config.dry_run:
         return 0
     check_output(folder, needed)
@@ -110,7 +111,7 @@ def _plan(
             f"base      {config.model.base} ({config.model.dtype}, {config.model.storage})",
             f"pictures  {len(train)} to train on, {len(held_out)} held out",
             *(f"          {line}" for line in train.summary().splitlines()),
-            *(f"adapter   {report}" for report in applied),
+            *(f"{'tokens' if report.kind == 'tokens' else 'adapter':9} {report}" for report in applied),
             f"training  {trainable:,} parameters, {config.steps} steps of {pictures} pictures "
             f"({config.steps * pictures / max(1, len(train)):.1f} epochs), {config.optim.optimizer}, "
             f"{config.precision}, processes: {processes}",

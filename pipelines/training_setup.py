@@ -97,6 +97,28 @@ def load_base(config: TrainConfig, classes: int) -> tuple[Any, nn.Module | None]
     return target, None
 
 
+def put_tokens(config: TrainConfig, target: Any) -> list[Report]:
+    """Put the token plan of a config on the base, before an adapter: the adapter is then tuned under it.
+
+    Returns:
+        its report; none without a plan.
+
+    Raises:
+        ConfigError: there is no such file, or it holds no token plan.
+        TargetError, ModelError: the plan is of another model.
+    """
+    from vislr import record
+    from vislr.tokens import TokenPlan
+
+    if config.model.tokens is None:
+        return []
+    try:
+        data = read_json(config.model.tokens)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.tokens '{config.model.tokens}' is no plan of `vislr tokens`: {error}") from error
+    return [record.apply(target, TokenPlan.from_dict(data), name="tokens")]
+
+
 def attach(config: TrainConfig, target: Any) -> list[Report]:
     """Put the adapter of a config on a pipeline or classifier: on the denoiser, then on text encoders.
 

@@ -293,3 +293,23 @@ def test_a_lora_for_diffusers_loads_in_stock_diffusers(sd_folder, pictures, tmp_
         vislr.load_adapter(ours, Path(tmp_path / "out" / "adapter.safetensors"))
         torch.testing.assert_close(pipe.unet(x, t, text).sample, ours.unet(x, t, text).sample)
         assert not torch.equal(pipe.unet(x, t, text).sample, base)
+
+
+def test_training_under_a_token_plan(sd_folder, pictures, tmp_path, capsys):
+    plan = vislr.tokens.at_edm_plan(vislr.load(sd_folder), keep=0.5)
+    (tmp_path / "plan.json").write_text(json.dumps(plan.to_dict()))
+    given = arguments(sd_folder, pictures, tmp_path / "run", "--adapter.kind", "lora")
+    assert run(train_adapter.main, [*given, "--model.tokens", str(tmp_path / "plan.json")]) == 0
+    assert "tokens    tokens 'tokens'" in capsys.readouterr().out
+    whole = arguments(sd_folder, pictures, tmp_path / "whole", "--adapter.kind", "lora")
+    assert run(train_adapter.main, whole) == 0
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("run", "whole")]
+    assert [[step["report"]["kind"] for step in report["recipe"]] for report in reports] == [["tokens", "peft"], ["peft"]]
+    # Same weights, noise and pictures: what differs is that tokens were missing.
+    before = [report["held_out"]["loss"]["before"] for report in reports]
+    assert before[0] != before[1]
+    assert before[0] == pytest.approx(before[1], rel=0.2)
+    for text, message in (("{", "no plan of"), ('{"keep": 1}', "'keep'")):
+        (tmp_path / "wrong.json").write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            train_adapter.main([*given, "--output.overwrite", "true", "--model.tokens", str(tmp_path / "wrong.json")])

@@ -30,6 +30,8 @@ class ModelConfig:
     """torch.compile: the first steps take minutes, later ones less."""
     offload: Literal["none", "encoders"] = "none"
     """encoders: text encoders and VAE leave the device while they are not needed."""
+    tokens: str | None = None
+    """A plan.json of `vislr tokens`: the denoiser is trained under this token plan, for use under it. null: none."""
 
 
 @dataclass
