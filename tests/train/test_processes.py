@@ -56,6 +56,21 @@ def test_two_processes_are_one_with_twice_the_batch(pictures, tmp_path):
         assert loss_two == [loss_one[0], pytest.approx(loss_one[1], rel=1e-4)]
     assert parts[0]["held_out"] == parts[1]["held_out"]
 
+    # Stopped after step 2 by a request to one of them, and gone on with: the same bits.
+    again = tmp_path / "again"
+    done = launch(2, SCRIPT, pictures, again, 3, 2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [read_json(again / f"stopped-{rank}.json").partition(",")[0] for rank in (0, 1)] == [
+        "stopped at step 2 of 6"
+    ] * 2
+    done = launch(2, SCRIPT, pictures, again, 3, "resume")
+    assert done.returncode == 0, done.stderr[-2000:]
+    for rank in (0, 1):
+        resumed = load_file(again / f"weights-{rank}.safetensors")
+        assert resumed.keys() == weights["20"].keys()
+        assert all(torch.equal(value, weights["20"][name]) for name, value in resumed.items())
+        assert read_json(again / f"seen-{rank}.json")["seen"] == parts[rank]["seen"][2:]
+
 
 def test_another_number_of_processes_than_asked_for_is_an_error():
     with pytest.raises(

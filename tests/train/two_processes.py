@@ -1,6 +1,8 @@
 """One of the processes of `test_processes.py`: trains, and writes what it saw.
 
-torchrun --nproc_per_node 2 two_processes.py PICTURES OUT BATCH
+torchrun --nproc_per_node 2 two_processes.py PICTURES OUT BATCH [STOP | resume]
+
+STOP: the step after which this process, and so all, is asked to stop.
 """
 
 import sys
@@ -10,6 +12,7 @@ import tiny
 import torch
 
 import vislr
+from vislr.core.errors import Interrupted
 from vislr.core.files import write_json, write_tensors
 from vislr.data import ImageFolder
 from vislr.train import (
@@ -28,11 +31,14 @@ from vislr.train.examples import Examples
 STEPS = 6
 
 
-def main(pictures: str, out: str, batch: int) -> None:
+def main(pictures: str, out: str, batch: int, how: str = "") -> None:
     accelerator = make_accelerator()
+    # One process is asked; the other has to leave at the same step.
+    stop = (lambda step: accelerator.process_index == 1 and step == int(how)) if how.isdigit() else None
     config = TrainConfig(
-        data=DataConfig(folder=pictures), output=OutputConfig(folder=out, checkpoint_every=0), steps=STEPS,
-        optim=OptimConfig(batch=batch, lr=1e-3, warmup=0), sample=SampleConfig(steps=1),
+        data=DataConfig(folder=pictures), steps=STEPS,
+        output=OutputConfig(folder=out, checkpoint_every=0, resume=how == "resume"),
+        optim=OptimConfig(batch=batch, lr=1e-3, warmup=0, ema=0.9), sample=SampleConfig(steps=1),
         held_out=HeldOutConfig(fraction=0.25, repeats=1), adapter=AdapterSection(r=2),
     )  # fmt: skip
     seen, gradients = [], {}
@@ -55,7 +61,10 @@ def main(pictures: str, out: str, batch: int) -> None:
     vislr.apply(pipe, config.adapter.to_change())
     train, held_out = ImageFolder.with_captions(pictures).split(0.25)
     try:
-        result = fit(pipe, "default", config, train, held_out, accelerator=accelerator)
+        result = fit(pipe, "default", config, train, held_out, accelerator=accelerator, stop=stop)
+    except Interrupted as error:
+        write_json(Path(out) / f"stopped-{accelerator.process_index}.json", str(error))
+        return
     finally:
         Examples.__getitem__ = read
     rank = accelerator.process_index
@@ -67,4 +76,4 @@ def main(pictures: str, out: str, batch: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), *sys.argv[4:])
