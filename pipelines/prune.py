@@ -21,10 +21,10 @@ from vislr.train.recovery import RecoverySection, recover
 
 if TYPE_CHECKING:
     from vislr.core.report import Report
-    from vislr.prune import Inventory, LayerPlan
+    from vislr.prune import Inventory, LayerPlan, ScoringCost
 
 Criterion = Literal[
-    "laptop", "hierarchical", "magnitude", "random", "uniform", "bk-sdm",
+    "laptop", "hierarchical", "magnitude", "random", "uniform", "bk-sdm", "ssd",
     "bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny", "ssd-1b",
 ]  # fmt: skip
 
@@ -47,7 +47,7 @@ class PlanSection:
 
     criterion: Criterion = "laptop"
     """laptop: change of the output, solved exactly. hierarchical: drop of the pictures' quality, by position.
-    magnitude, random, uniform, bk-sdm: baselines. bk-sdm-base, -small, -tiny, ssd-1b: published lists."""
+    magnitude, random, uniform, bk-sdm, ssd: baselines. bk-sdm-base, -small, -tiny, ssd-1b: published lists."""
     file: str | None = None
     """A plan.json to apply in place of choosing."""
     ratio: float = 0.25
@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ModelError(f"'{config.model.base}' is one model; expected a whole pipeline")
     pipe.to(config.model.device or accelerator.device)
     inventory = units_of(pipe, _granularity(config), removal=config.plan.removal)
-    accelerator.print(_overview(config, inventory))
+    accelerator.print(_overview(config, pipe, inventory))
     if config.dry_run:
         return 0
     check_output(folder, needed=8 * inventory.parameters)
@@ -201,7 +201,7 @@ def _granularity(config: PruneConfig) -> str:
     return config.plan.granularity
 
 
-def _overview(config: PruneConfig, inventory: Inventory) -> str:
+def _overview(config: PruneConfig, pipe: Any, inventory: Inventory) -> str:
     from vislr.prune import scoring_cost
 
     lines = [
@@ -213,7 +213,29 @@ def _overview(config: PruneConfig, inventory: Inventory) -> str:
     ]
     if config.plan.file is None and config.plan.criterion == "laptop":
         lines.append(f"scoring  {scoring_cost(inventory, config.plan.samples, config.plan.batch)}")
+    if config.plan.file is None and config.plan.criterion == "hierarchical":
+        lines += [f"scoring  {part}: {cost}" for part, cost in _contribution_costs(config, pipe, inventory)]
     return "\n".join(lines)
+
+
+def _contribution_costs(config: PruneConfig, pipe: Any, inventory: Inventory) -> list[tuple[str, ScoringCost]]:
+    """Of the pictures for blocks, and in a hybrid cut at most for parts; with as many captions as are asked for."""
+    from vislr.prune import Contribution, block_range, units_of
+    from vislr.prune.hierarchical import ATTENTIONS
+
+    wanted = config.plan
+    options: dict[str, Any] = {"seeds": wanted.seeds, "steps": wanted.steps, "guidance": wanted.guidance,
+                               "batch": wanted.batch}  # fmt: skip
+
+    def cost(units: Inventory, **more: Any) -> ScoringCost:
+        return Contribution([""] * wanted.prompts, lambda images, prompts: 0.0, **options, **more).cost(pipe, units)
+
+    blocks = inventory if wanted.cut == "moderate" else units_of(pipe, "block", removal=wanted.removal)
+    eligible = None if wanted.eligible is None else block_range(wanted.eligible)
+    found = [("blocks", cost(blocks, eligible=eligible))]
+    if wanted.cut == "hybrid" and wanted.ratio > wanted.block_ratio:
+        found.append(("parts", cost(inventory, exclude=ATTENTIONS)))
+    return found
 
 
 def _plan(config: PruneConfig, pipe: Any, inventory: Inventory, folder: Path, accelerator: Any) -> LayerPlan:
@@ -256,7 +278,8 @@ def _make_plan(
     if wanted.criterion == "laptop":
         criterion = prune.OutputLoss(data, removal=wanted.removal, folder=folder / "scores", progress=not quiet)
     else:
-        table = {"magnitude": prune.Magnitude, "uniform": prune.UniformDepth, "bk-sdm": prune.BkSdmOrder}
+        table = {"magnitude": prune.Magnitude, "uniform": prune.UniformDepth, "bk-sdm": prune.BkSdmOrder,
+                 "ssd": prune.SsdOrder}  # fmt: skip
         criterion = prune.Random(config.seed) if wanted.criterion == "random" else table[wanted.criterion]()
     plan = prune.plan_layers(
         pipe, criterion, wanted.ratio, budget=wanted.budget, removal=wanted.removal, solver=wanted.solver,

@@ -17,7 +17,7 @@ from vislr.anatomy import sample_inputs
 from vislr.cli import main
 from vislr.core.errors import FormatError, ModelError, UndoError
 from vislr.formats.single_file import PREFIX
-from vislr.prune import LayerPlan, Random, plan_layers
+from vislr.prune import LayerPlan, Random, plan_layers, ssd_1b_plan
 from vislr.prune.plain import as_stock, stock_model
 
 
@@ -59,6 +59,14 @@ PLAIN = {
     "unet": (sdxl_unet, [f"down_blocks.1.attentions.0.{_T}.1", f"down_blocks.1.attentions.0.{_T}.2",
                          f"mid_block.attentions.0.{_T}.0", f"mid_block.attentions.0.{_T}.1",
                          f"up_blocks.0.attentions.1.{_T}.0"], {"tokens": 16}),
+    "unet depths": (sdxl_unet, [f"mid_block.attentions.0.{_T}.0", f"up_blocks.0.attentions.0.{_T}.2",
+                                f"up_blocks.0.attentions.1.{_T}.0", f"up_blocks.0.attentions.1.{_T}.1"],
+                    {"tokens": 16}),
+    "unet stage": (sdxl_unet, ["up_blocks.0.attentions.0", "up_blocks.0.attentions.1",
+                               f"mid_block.attentions.0.{_T}.2"], {"tokens": 16}),
+    "unet small middle": (sdxl_unet, ["mid_block.attentions.0", "mid_block.resnets.1"], {"tokens": 16}),
+    "unet no middle": (sdxl_unet, ["mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1"],
+                       {"tokens": 16}),
     "sd3 middle": (sd3, [f"{_T}.1"], {"tokens": 16}),
     "sd3 last": (sd3, [f"{_T}.3", f"{_T}.0"], {"tokens": 16}),
     "sd3 dual": (lambda: sd3(dual_attention_layers=(0, 2)), [f"{_T}.1", f"{_T}.3"], {"tokens": 16}),
@@ -94,7 +102,7 @@ def test_a_stock_model_answers_the_same(name, tmp_path):
     [
         (tiny.tiny_unet, ["up_blocks.0.resnets.1"], "up_blocks.0.resnets.1"),
         (sdxl_unet, ["mid_block.attentions.0"], "mid_block.attentions.0"),
-        (sdxl_unet, [f"down_blocks.1.attentions.0.{_T}.0"], f"down_blocks.1.attentions.0.{_T}.0"),
+        (sdxl_unet, ["up_blocks.0.attentions.1"], "up_blocks.0.attentions.1"),
         (sd3, [f"{_T}.1.ff"], f"{_T}.1.ff"),
         (sd3, [f"{_T}.1.norm1"], f"{_T}.1.norm1"),
         (lambda: blocks("dit", 3), [f"{_T}.0"], f"{_T}.0"),
@@ -131,17 +139,18 @@ def test_a_plain_folder_needs_no_vislr(tmp_path):
 
 
 def read_back(name, model, checkpoint):
-    if name == "unet":
+    if name.startswith("unet"):
         return single_file_utils.convert_ldm_unet_checkpoint(checkpoint, {**model.config, "class_embed_type": None})
     if name.startswith("sd3"):
         return single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers(checkpoint)
     return single_file_utils.convert_flux_transformer_checkpoint_to_diffusers(checkpoint)
 
 
-@pytest.mark.parametrize("name", ["unet", "sd3 middle", "sd3 last", "sd3 dual"])
+@pytest.mark.parametrize("name", ["unet whole", "unet depths", "unet small middle", "sd3 whole", "sd3 dual whole"])
 def test_single_files_are_what_diffusers_reads_from_releases(name, tmp_path):
     """The layout is the release's: diffusers' own converter gives every tensor back."""
-    build, removed, _ = PLAIN[name]
+    wholes = {"unet whole": sdxl_unet, "sd3 whole": sd3, "sd3 dual whole": PLAIN["sd3 dual"][0]}
+    build, removed, _ = PLAIN.get(name) or (wholes[name], [], {})
     model = build()
     vislr.apply(model, LayerPlan(tuple(removed)))
     _, _, state = as_stock(model)
@@ -151,6 +160,31 @@ def test_single_files_are_what_diffusers_reads_from_releases(name, tmp_path):
     back = read_back(name, stock_model(model), checkpoint)
     assert set(back) == set(state)
     assert all(torch.equal(back[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("name", ["unet", "sd3 middle"])
+def test_what_comfyui_would_take_for_another_model_is_refused(name, tmp_path):
+    build, removed, _ = PLAIN[name]
+    model = build()
+    vislr.apply(model, LayerPlan(tuple(removed)))
+    with pytest.raises(FormatError, match=r"ComfyUI.*export --plain"):
+        exporting.export_single_file(model, tmp_path / "file.safetensors")
+
+
+@pytest.mark.slow
+def test_ssd_1b_is_a_stock_config_that_comfyui_knows():
+    """The published list on SDXL at true size says what SSD-1B's own config says."""
+    from vislr.anatomy import skeleton
+
+    unet = skeleton("sdxl")
+    vislr.apply(unet, ssd_1b_plan(unet))
+    name, config, state = as_stock(unet)
+    assert config["mid_block_type"] == "UNetMidBlock2D"
+    assert config["transformer_layers_per_block"] == [1, 2, 4]
+    assert config["reverse_transformer_layers_per_block"] == [[4, 4, 10], [2, 1, 1], 1]
+    exporting._check_comfy(unet, name, config)
+    total = sum(value.numel() for value in state.values())
+    assert total == sum(p.numel() for p in unet.parameters())
 
 
 def test_flux_single_file_has_the_release_s_keys_and_shapes(tmp_path):
@@ -184,20 +218,34 @@ def test_what_exports_refuse(tmp_path):
         exporting.export_plain(tiny.tiny_unet(), tmp_path / "mine")
 
 
-def test_onnx_or_a_named_refusal(tmp_path):
-    unet = tiny.tiny_unet()
-    vislr.apply(unet, LayerPlan(("mid_block.attentions.0", "up_blocks.0.resnets.0")))
-    try:
-        import onnx
-        import onnxscript  # noqa: F401
-    except ImportError:
-        with pytest.raises(ModelError, match="pip install onnx onnxscript"):
-            exporting.export_onnx(unet, tmp_path / "unet.onnx")
-        return
-    path = exporting.export_onnx(unet, tmp_path / "unet.onnx", sample={"tokens": 16})
-    loaded = onnx.load(str(path))
-    stored = sum(torch.Size(tensor.dims).numel() for tensor in loaded.graph.initializer)
-    assert stored >= sum(p.numel() for p in unet.parameters())
+def test_onnx_needs_its_packages(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="pip install onnx onnxscript"):
+        exporting.export_onnx(tiny.tiny_unet(), tmp_path / "unet.onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "apart"), [("unet", False), ("unet", True), ("sd3", False), ("flux", False)])
+def test_onnx_answers_the_same(name, apart, tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    build, removed, sample = {
+        "unet": (tiny.tiny_unet, ("mid_block.attentions.0", "up_blocks.0.resnets.0"), {"tokens": 16}),
+        "sd3": (tiny.tiny_sd3_transformer, ("transformer_blocks.0.attn",), {"tokens": 16}),
+        "flux": (tiny.tiny_flux_transformer, ("transformer_blocks.0.ff",), {"tokens": 16, "height": 4, "width": 4}),
+    }[name]
+    torch.manual_seed(0)
+    model = build()
+    vislr.apply(model, LayerPlan(removed))
+    if apart:
+        monkeypatch.setattr(exporting, "_ONNX_LIMIT", 0)
+    path = exporting.export_onnx(model, tmp_path / "model.onnx", sample=sample)
+    files = {"model.onnx", "model.onnx.data"} if apart else {"model.onnx"}
+    assert {file.name for file in tmp_path.iterdir()} == files
+    session = runtime.InferenceSession(str(path))
+    inputs = {key: value for key, value in sample_inputs(model, sample, device="cpu").items() if torch.is_tensor(value)}
+    (found, *_) = session.run(None, {one.name: inputs[one.name].numpy() for one in session.get_inputs()})
+    torch.testing.assert_close(torch.from_numpy(found), answer(model, sample), rtol=0, atol=1e-5)
 
 
 # --- recipes --------------------------------------------------------------------------------------------------------

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vislr.core.errors import FormatError, ModelError, OutputError
 from vislr.core.files import atomic_path, write_tensors
 from vislr.prune.plain import as_stock, stock_model
+from vislr.prune.skips import Removed
 from vislr.record import component_of, entries_of
 
 
@@ -49,17 +51,58 @@ def export_single_file(target: Any, path: str | os.PathLike) -> Path:
     """The denoiser as one safetensors file in its release's layout, for ComfyUI's "Load Diffusion Model".
 
     Raises:
-        FormatError: the layout cannot express the plan or the class. OutputError: it cannot be written.
+        FormatError: the layout cannot express the plan or the class, or ComfyUI would build another model for it.
+            OutputError: it cannot be written.
     """
     from vislr.formats.single_file import original_state
 
-    name, config, state = as_stock(_checked(target, "a single file")[1])
+    module = _checked(target, "a single file")[1]
+    name, config, state = as_stock(module)
+    _check_comfy(module, name, config)
     write_tensors(path, original_state(name, config, state))
     return Path(path)
 
 
+# Blocks of SDXL's down path, a number for each resnet, that ComfyUI knows: SDXL, SSD-1B, Vega.
+_COMFY_DEPTHS = ([0, 0, 2, 2, 10, 10], [0, 0, 2, 2, 4, 4], [0, 0, 1, 1, 2, 2])
+
+
+def _check_comfy(module: Any, name: str, config: Mapping[str, Any]) -> None:
+    """Refuse what ComfyUI would take for another model: it tells models apart by shapes and counts in the file.
+
+    It counts FLUX's blocks, and the middle and up path of a UNet. An SD3 has as many blocks as its width
+    says, whatever the file holds; an SDXL is known by the blocks of its down path.
+    """
+    removed = [unit for unit, part in module.named_modules() if isinstance(part, Removed)]
+    if name == "SD3Transformer2DModel" and removed:
+        raise FormatError(
+            f"ComfyUI builds an SD3 with the blocks that its width says, so a file without '{removed[0]}' would leave "
+            "random layers in it; export --plain"
+        )
+    below = [unit for unit in removed if unit.startswith("down_blocks.")]
+    if name == "UNet2DConditionModel" and config.get("addition_embed_type") == "text_time" and below:
+        depths = []
+        for stage, kind, count in zip(
+            module.down_blocks, config["down_block_types"], config["transformer_layers_per_block"], strict=False
+        ):
+            resnets = len(stage.resnets)
+            counts = [count] * resnets if isinstance(count, int) else list(count)
+            depths += counts if kind.startswith("CrossAttn") else [0] * resnets
+        if depths not in _COMFY_DEPTHS:
+            raise FormatError(
+                f"ComfyUI knows no SDXL whose down path has {depths} blocks, as it has without '{below[0]}'; expected "
+                f"one of {', '.join(map(str, _COMFY_DEPTHS))}, or export --plain"
+            )
+
+
+# What one file of ONNX can hold: the format's messages end at 2 GiB.
+_ONNX_LIMIT = 2**31 - 2**24
+
+
 def export_onnx(target: Any, path: str | os.PathLike, *, sample: dict[str, int] | None = None) -> Path:
     """The denoiser as ONNX, by torch's exporter; any plan, shapes fixed to the sample.
+
+    Weights beyond 2 GiB are written beside the file, as `NAME.data`.
 
     Args:
         sample: shapes, as in `vislr.anatomy.sample_of`; default: the model's own.
@@ -76,7 +119,7 @@ def export_onnx(target: Any, path: str | os.PathLike, *, sample: dict[str, int] 
 
     from vislr.anatomy import sample_inputs
 
-    module = _checked(target, "ONNX")[1]
+    path, module = Path(path), _checked(target, "ONNX")[1]
     inputs = sample_inputs(module, sample, device=next(module.parameters()).device) | {"return_dict": False}
     try:
         with torch.no_grad():
@@ -86,9 +129,15 @@ def export_onnx(target: Any, path: str | os.PathLike, *, sample: dict[str, int] 
         reason = (str(error).splitlines() or [""])[0][:200]
         raise ModelError(f"torch cannot export this {type(module).__name__} to ONNX: {reason}") from error
     assert program is not None
-    with atomic_path(path) as temporary:
-        program.save(str(temporary), external_data=False)
-    return Path(path)
+    apart = sum(p.numel() * p.element_size() for p in module.parameters()) > _ONNX_LIMIT
+    # The file names its weights' file, so both are written under their own names and moved together.
+    with atomic_path(path.with_name(f"{path.name}.parts")) as parts:
+        parts.mkdir()
+        program.save(str(parts / path.name), external_data=apart)
+        for file in sorted(parts.iterdir(), key=lambda file: file.name == path.name):
+            os.replace(file, path.with_name(file.name))
+    path.with_name(f"{path.name}.parts").rmdir()
+    return path
 
 
 def _checked(target: Any, what: str) -> tuple[str, Any]:

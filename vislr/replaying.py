@@ -30,6 +30,8 @@ def steps_text(record: dict[str, Any]) -> list[str]:
         if plan is not None:
             told = {key: plan[key] for key in ("criterion", "ratio", "budget", "removal") if plan.get(key) is not None}
             lines.append("   " + ", ".join(f"{key} {value}" for key, value in told.items() if value != ""))
+            hashes = {"made on weights": plan.get("base"), "calibration data": _settings(plan).get("calibration")}
+            lines += [f"   {key} {value[:16]}" for key, value in hashes.items() if isinstance(value, str) and value]
             lines += [f"   - {name}" for name in plan.get("removed", ())]
     for name, stored in record["adapters"].items():
         state = "on" if stored["active"] else "off"
@@ -39,6 +41,11 @@ def steps_text(record: dict[str, Any]) -> list[str]:
         pair = [f"{key} {_figure(figures[key])}" for key in ("before", "after") if key in figures]
         lines.append(f"measured {name}: {', '.join(pair)}")
     return lines
+
+
+def _settings(plan: dict[str, Any]) -> dict[str, Any]:
+    settings = plan.get("settings")
+    return settings if isinstance(settings, dict) else {}
 
 
 def _figure(value: Any) -> str:

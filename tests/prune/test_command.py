@@ -111,7 +111,7 @@ def test_hierarchical_with_an_adapter_alone(pipelines, pictures, tmp_path):
     assert set(plan["settings"]["drops"]) == {f"transformer_blocks.{i}" for i in range(4)}
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "random", "uniform", "bk-sdm"])
+@pytest.mark.parametrize("criterion", ["magnitude", "random", "uniform", "bk-sdm", "ssd"])
 def test_baselines_and_other_budgets(criterion, pipelines, pictures, tmp_path):
     out = tmp_path / "run"
     budget = {"magnitude": "flops", "random": "latency"}.get(criterion, "parameters")

@@ -21,6 +21,7 @@ from vislr.prune import (
     OutputLoss,
     PrototypeQuality,
     Random,
+    SsdOrder,
     UniformDepth,
     Unit,
     additivity,
@@ -38,6 +39,7 @@ from vislr.prune import (
     with_latency,
 )
 from vislr.prune.hierarchical import hybrid_cut, removed_blocks
+from vislr.prune.removal import attach, detach
 from vislr.prune.solve import greedy, knapsack, needed_for
 from vislr.prune.units import Bonus
 
@@ -313,11 +315,16 @@ COUNTS = {
     ("sdxl", "block"): (87, None),
     ("sdxl", "sub"): (227, None),
     ("sd35-large", "block"): (38, None),
-    ("flux-schnell", "block"): (57, None),
+    ("flux-schnell", "block"): (57, 19 * 339.8e6 + 38 * 141.6e6),
 }
 
 
-@pytest.mark.parametrize(("name", "granularity"), COUNTS)
+_FAST = (("sd15", "transformer"), ("sdxl", "block"), ("sd35-large", "block"))
+
+
+@pytest.mark.parametrize(
+    ("name", "granularity"), [case if case in _FAST else pytest.param(*case, marks=pytest.mark.slow) for case in COUNTS]
+)
 def test_units_at_true_size(name, granularity):
     count, parameters = COUNTS[name, granularity]
     model = skeleton(name)
@@ -331,7 +338,16 @@ def test_units_at_true_size(name, granularity):
         # Every forward but the first leaves one unit out.
         assert cost.flops == 256 * (88 * inventory.flops - sum(unit.flops for unit in inventory.units))
         assert "87 units, 5632 forwards" in str(cost)
+    if name == "flux-schnell":
+        assert inventory.parameters == pytest.approx(11.891e9, rel=1e-4)
+        assert inventory.units[0].parameters == pytest.approx(339.8e6, rel=1e-3)
+        assert inventory.units[-1].parameters == pytest.approx(141.6e6, rel=1e-3)
+    if name == "sdxl":
+        assert inventory.parameters == pytest.approx(2567.5e6, rel=1e-4)
+    if name == "sd15":
+        assert inventory.parameters == pytest.approx(859.5e6, rel=1e-4)
     if name == "sd35-large":
+        assert inventory.parameters == pytest.approx(8.057e9, rel=1e-4)
         assert inventory.units[0].parameters == pytest.approx(213.0e6, rel=1e-3)
         assert inventory.units[-1].parameters == pytest.approx(136.1e6, rel=1e-3)
 
@@ -352,15 +368,16 @@ def test_published_cuts_of_sd35_large():
     scores = {name: float(i) for i, name in enumerate([*norms[:3], *feeds, *norms[3:]])}
     removed = hybrid_cut(model, blocks, parts, scores, 0.29)
     assert len(removed) == 8 + 15
-    vislr.apply(model, LayerPlan(tuple(removed)), undo=False)
+    attached = attach(model, LayerPlan(tuple(removed)))
     assert size(model) / total == pytest.approx(0.7048, abs=5e-5)
-    model = skeleton("sd35-large")
+    detach(model, attached)
     plan = LayerPlan(tuple(blocks))
     assert removed_blocks(model, plan) == eight
-    vislr.apply(model, plan)
+    attach(model, plan)
     assert size(model) / total == pytest.approx(0.7885, abs=5e-5)
 
 
+@pytest.mark.slow
 def test_published_lists():
     unet = skeleton("sd15")
     for variant, published in (("base", 0.58e9), ("small", 0.49e9), ("tiny", 0.33e9)):
@@ -371,8 +388,13 @@ def test_published_lists():
         bk_sdm_plan(unet, "tny")
     sdxl = skeleton("sdxl")
     plan = ssd_1b_plan(sdxl)
-    vislr.apply(sdxl, plan)
+    attach(sdxl, plan)
     assert size(sdxl) == plan.total - plan.saved == pytest.approx(1.33e9, rel=0.005)
+    # The rule at the list's ratio: the same middle, and three quarters of the parameters in the same units.
+    rule = plan_layers(skeleton("sdxl"), SsdOrder(), plan.saved / plan.total)
+    assert {name for name in plan.removed if name.startswith("mid")} <= set(rule.removed)
+    shared = units_of(skeleton("sdxl")).saved(sorted(set(plan.removed) & set(rule.removed)))
+    assert shared >= 0.75 * plan.saved
     for wrong in (bk_sdm_plan, ssd_1b_plan):
         with pytest.raises(ModelError, match="for"):
             wrong(tiny.tiny_sd3_transformer())
@@ -450,6 +472,33 @@ def test_hierarchical_cuts(tmp_path):
         hierarchical_plan(tiny.tiny_sd3_pipeline(), ["a cat face"], 0.6, quality, eligible=[0], **PICTURES)
     with pytest.raises(ModelError, match="expected a pipeline"):
         Contribution(["x"], quality).score(tiny.tiny_unet(), units_of(tiny.tiny_unet()))
+
+
+def test_hierarchical_reads_a_unet_s_resnets_and_blocks_in_the_order_of_its_forward(capsys):
+    pipe = tiny.tiny_sd_pipeline()
+    options = {"steps": 1, "guidance": 3.0, "batch": 2, "options": {"height": 32, "width": 32}}
+    plan = hierarchical_plan(pipe, ["a cat face", "a pizza", "a car"], 0.2, Darkness(), **options)
+    assert "12 units, 26 forwards" in capsys.readouterr().err, "2 batches of pictures, 13 times"
+    assert list(plan.scores) == [unit.name for unit in units_of(pipe).units]
+    assert plan.saved >= 0.2 * plan.total
+    hybrid = hierarchical_plan(
+        pipe, ["a cat face"], 0.4, Darkness(), cut="hybrid", block_ratio=0.1, **options | {"progress": False}
+    )
+    assert hybrid.saved >= 0.4 * hybrid.total
+    assert not any(name.endswith(("attn1", "attn2")) for name in hybrid.removed)
+    before = size(pipe.unet)
+    vislr.apply(pipe, hybrid)
+    assert before - size(pipe.unet) == hybrid.saved
+
+
+def test_drops_by_another_quality_are_not_taken_up(tmp_path):
+    pipe = tiny.tiny_sd_pipeline()
+    quality = Darkness()
+    options = {"steps": 1, "guidance": 1.0, "progress": False, "options": {"height": 32, "width": 32}}
+    hierarchical_plan(pipe, ["a cat face"], 0.2, quality, folder=tmp_path, **options)
+    quality.hash = "another gallery"
+    with pytest.raises(ConfigError, match="another model, data or settings"):
+        hierarchical_plan(pipe, ["a cat face"], 0.2, quality, folder=tmp_path, **options)
 
 
 def test_prototype_quality_prefers_the_right_pictures():

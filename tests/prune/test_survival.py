@@ -19,6 +19,8 @@ CHANGES = {
     ("lora", "vislr"): LORA,
     ("lora", "diffusers"): LORA,
     ("lora", "kohya"): LORA,
+    ("lora", "comfy"): LORA,
+    ("lora", "peft"): LORA,
     ("convlora", "vislr"): vislr.ConvLoraConfig(r=1, target_modules=["to_q", "conv1", "conv_shortcut"]),
     ("flora", "vislr"): vislr.FloraConfig(ranks=2, target_modules=["to_q", "conv1", "conv_shortcut"]),
     ("sara", "vislr"): vislr.SaraConfig(fraction=0.2, target_modules=["to_q", "conv1"]),

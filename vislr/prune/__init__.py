@@ -5,14 +5,14 @@ criterion           plan
 ==================  ========================================================================
 `OutputLoss`        `laptop_plan`: LAPTOP-Diff, output loss and an exact knapsack
 `Contribution`      `hierarchical_plan`: HierarchicalPrune, drop of quality weighted by position
-`Magnitude`, `Random`, `UniformDepth`, `BkSdmOrder`: baselines, by `plan_layers`
+`Magnitude`, `Random`, `UniformDepth`, `BkSdmOrder`, `SsdOrder`: baselines, by `plan_layers`
 lists               `bk_sdm_plan`, `ssd_1b_plan`
 ==================  ========================================================================
 
 Another criterion is any object with `name`, `solver`, `score` and `settings` (`Criterion`).
 """
 
-from vislr.prune.baselines import BkSdmOrder, Magnitude, Random, UniformDepth, bk_sdm_plan, ssd_1b_plan
+from vislr.prune.baselines import BkSdmOrder, Magnitude, Random, SsdOrder, UniformDepth, bk_sdm_plan, ssd_1b_plan
 from vislr.prune.hierarchical import Contribution, PrototypeQuality, block_range, hierarchical_plan, keep_score
 from vislr.prune.latency import with_latency
 from vislr.prune.output_loss import Additivity, OutputLoss, additivity, laptop_plan
@@ -33,6 +33,7 @@ __all__ = [
     "PrototypeQuality",
     "Random",
     "ScoringCost",
+    "SsdOrder",
     "UniformDepth",
     "Unit",
     "additivity",

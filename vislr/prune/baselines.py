@@ -125,6 +125,45 @@ class BkSdmOrder:
         return {}
 
 
+class SsdOrder:
+    """SSD-1B's rule for a UNet of any size, as an order (Segmind; read off its config).
+
+    First the middle but for one resnet; then the last blocks of the transformers, a share of each
+    transformer at a time, innermost stages first. Resnets elsewhere stay.
+    """
+
+    name = "ssd"
+    solver = "ranked"
+
+    def score(self, target: Any, inventory: Inventory) -> dict[str, float]:
+        """unit -> its place in the order; units that the rule keeps have none.
+
+        Raises:
+            ModelError: the model is no UNet.
+        """
+        module: Any = unwrapped(denoiser_of(target)[1])
+        if inventory.family != "unet":
+            raise ModelError(f"SSD-1B's rule is for UNets of Stable Diffusion; this is a {type(module).__name__}")
+        levels = len(module.down_blocks)
+        places: dict[str, tuple[float, int]] = {}
+        for unit in inventory.units:
+            parts = unit.name.split(".")
+            if parts[0] == "mid_block":
+                if unit.name != "mid_block.resnets.0":
+                    places[unit.name] = (0.0, 0)
+            elif parts[2] == "attentions":
+                depth = levels - 1 - int(parts[1]) if parts[0] == "down_blocks" else int(parts[1])
+                count = len(getattr(module.get_submodule(".".join(parts[:4])), "transformer_blocks", "."))
+                block = int(parts[5]) if len(parts) > 5 else 0
+                places[unit.name] = (1 + (count - 1 - block) / count, depth)
+        ranked = sorted(places, key=places.__getitem__)
+        return {name: float(rank) for rank, name in enumerate(ranked)}
+
+    def settings(self) -> dict[str, Any]:
+        """None."""
+        return {}
+
+
 BK_SDM = ("base", "small", "tiny")
 
 

@@ -18,6 +18,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,11 +29,13 @@ from vislr.core.errors import ConfigError, DataError, ModelError, hint
 from vislr.core.hashing import content_hash
 from vislr.prune import solve, surgery
 from vislr.prune.plan import LayerPlan
-from vislr.prune.scoring import make_plan, plan_layers, score_units
+from vislr.prune.scoring import ScoringCost, make_plan, plan_layers, processes, score_units, scoring_cost
 from vislr.prune.units import Inventory, units_of, without
 
 Quality = Callable[[Sequence[Any], Sequence[str]], float]
 CUTS = ("moderate", "hybrid")
+# A hybrid cut keeps them.
+ATTENTIONS = ("attn", "attn1", "attn2")
 
 
 def keep_score(drop: float, position: int, blocks: int, kappa: float = 1.0) -> float:
@@ -84,7 +87,8 @@ class Contribution:
 
     Args:
         prompts: what pictures are made of, each with every seed.
-        quality: (PIL images, prompts) -> a number, higher is better; for example `PrototypeQuality`.
+        quality: (PIL images, prompts) -> a number, higher is better; for example `PrototypeQuality`. Its
+            text `hash`, if it has one, keeps drops by other qualities apart.
         seeds, steps, guidance: of the pictures.
         kappa: strength of the position.
         eligible: indices of the blocks that may lose units; None: all.
@@ -139,14 +143,8 @@ class Contribution:
         names = [unit.name for unit in inventory.units if self._may_go(unit.name, blocks)]
         if not names:
             raise ConfigError(f"no unit is eligible: blocks {self.eligible}, without {list(self.exclude)}")
-        pictures = len(self.prompts) * len(self.seeds)
-        if self.progress:
-            forwards = (len(names) + 1) * math.ceil(pictures / self.batch) * self.steps
-            print(
-                f"scoring: {len(names)} units, {(len(names) + 1) * pictures} pictures, {forwards} steps of "
-                f"{min(pictures, self.batch)} pictures",
-                file=sys.stderr,
-            )
+        if self.progress and processes()[0] == 0:
+            print(f"scoring: {self.cost(target, inventory)}", file=sys.stderr)
         key = content_hash(module.state_dict(), repr(self._settings()) + inventory.granularity)
         measured = score_units(
             ["", *names], lambda name: self._quality(target, module, [name] if name else []), key=key,
@@ -157,6 +155,18 @@ class Contribution:
         return {
             name: keep_score(self.drops[name], position_of(name, blocks), len(blocks), self.kappa) for name in names
         }
+
+    def cost(self, target: Any, inventory: Inventory) -> ScoringCost:
+        """What `score` takes in forwards of the denoiser: every picture without each eligible unit, and with all."""
+        module: Any = unwrapped(denoiser_of(target)[1])
+        blocks = block_names(module)
+        units = tuple(unit for unit in inventory.units if self._may_go(unit.name, blocks))
+        # FLUX is told its guidance; the others run twice.
+        twice = self.guidance > 1 and inventory.family != "flux"
+        pictures = len(self.prompts) * len(self.seeds)
+        forwards = (len(units) + 1) * math.ceil(pictures / self.batch) * self.steps
+        flops = scoring_cost(replace(inventory, units=units), pictures * self.steps * (1 + twice)).flops
+        return ScoringCost(len(units), forwards, flops)
 
     def _may_go(self, name: str, blocks: Sequence[str]) -> bool:
         if self.eligible is not None:
@@ -189,7 +199,8 @@ class Contribution:
 
     def _settings(self) -> dict[str, Any]:
         return {"prompts": self.prompts, "seeds": self.seeds, "steps": self.steps, "guidance": self.guidance,
-                "options": self.options, "removal": self.removal}  # fmt: skip
+                "options": self.options, "removal": self.removal,
+                "quality": getattr(self.quality, "hash", "")}  # fmt: skip
 
     def settings(self) -> dict[str, Any]:
         """Pictures, position, and the drops themselves, which recovery reads."""
@@ -216,6 +227,8 @@ class PrototypeQuality:
             if name not in gallery.names:
                 raise DataError(f"the gallery has no concept '{name}'{hint(name, gallery.names)}")
         self.concepts, self.gallery = dict(concepts), gallery
+        table = {"prototypes": gallery.features.values}
+        self.hash = content_hash(table, repr([gallery.features.net_hash, gallery.names, sorted(concepts.items())]))
 
     def __call__(self, images: Sequence[Any], prompts: Sequence[str]) -> float:
         from torch.nn import functional as F
@@ -268,9 +281,10 @@ def hierarchical_plan(
     module = unwrapped(module)
     first = plan_layers(target, criterion, block_ratio, budget=budget, removal=criterion.removal)
     parts = units_of(module, "part", removal=criterion.removal)
+    rest = [i for i, block in enumerate(block_names(module)) if block not in first.removed]
     finer = Contribution(
         prompts, quality, folder=None if folder is None else os.path.join(folder, "parts"),
-        **(contribution | {"eligible": part_range, "exclude": ("attn", "attn1", "attn2")}),
+        **(contribution | {"eligible": rest if part_range is None else part_range, "exclude": ATTENTIONS}),
     )  # fmt: skip
     scores = finer.score(target, parts)
     removed = hybrid_cut(module, first.removed, parts, scores, ratio, budget)

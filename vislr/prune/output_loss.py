@@ -73,10 +73,9 @@ class OutputLoss:
         training, hashed = module.training, data_hash(batches)
         module.eval()
         try:
-            cost = scoring_cost(
-                inventory, samples_in(batches), samples_in(batches[:1]), timed_forward(module, batches[0])
-            )
             rank, world = processes()
+            seconds = timed_forward(module, batches[0]) / world
+            cost = scoring_cost(inventory, samples_in(batches), samples_in(batches[:1]), seconds)
             if self.progress and rank == 0:
                 shared = f" over {world} processes" if world > 1 else ""
                 print(f"scoring: {cost}{shared}", file=sys.stderr)

@@ -6,7 +6,8 @@ class           what its own config can say
 SD3             fewer joint blocks (the last that stays loses its context half, which nothing reads)
 FLUX            fewer double and single blocks
 PixArt, DiT     fewer blocks (a DiT keeps its first)
-UNet (SD, XL)   fewer blocks in a transformer, at least one in each (`transformer_layers_per_block`)
+UNet (SD, XL)   fewer blocks in each transformer (`transformer_layers_per_block`); stages that lost all of
+                their transformers; a middle of one resnet (SSD-1B's), or none
 ==============  =========================================================================
 """
 
@@ -20,7 +21,6 @@ from torch import nn
 
 from vislr.anatomy.wrapping import unwrapped
 from vislr.core.errors import FormatError
-from vislr.prune import surgery
 from vislr.prune.skips import Removed
 
 _DEPTHS = {"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"}
@@ -44,7 +44,7 @@ def as_stock(module: Any) -> tuple[str, dict[str, Any], dict[str, torch.Tensor]]
     removed = {n: part for n, part in module.named_modules() if isinstance(part, Removed)}
     state = dict(module.state_dict())
     if name == "UNet2DConditionModel":
-        config |= _unet_depths(module, removed)
+        config |= _unet_config(module, removed)
     elif hasattr(module, "transformer_blocks"):
         _only_blocks(name, removed)
         state = _last_context(module, state)
@@ -80,7 +80,7 @@ def stock_model(module: Any) -> nn.Module:
 def _refuse(name: str, unit: str, kind: str) -> FormatError:
     return FormatError(
         f"no stock {name} can say that '{unit}' ({kind}) is removed; expected whole blocks of a transformer alone "
-        "(granularity block), or a vislr folder"
+        "(granularity block; of a UNet also all transformers of a stage), or a vislr folder"
     )
 
 
@@ -124,26 +124,51 @@ def _last_context(module: Any, state: dict[str, torch.Tensor]) -> dict[str, torc
     return state
 
 
-def _unet_depths(module: Any, removed: dict[str, Removed]) -> dict[str, Any]:
+def _unet_config(module: Any, removed: dict[str, Removed]) -> dict[str, Any]:
+    middle = {f"mid_block.{part}" for part in ("resnets.0", "attentions.0", "resnets.1")}
+    changes: dict[str, Any] = {}
+    said: set[str] = set()
+    for side in ("down", "up"):
+        types = list(getattr(module.config, f"{side}_block_types"))
+        for i, stage in enumerate(getattr(module, f"{side}_blocks")):
+            count = len(getattr(stage, "attentions", None) or ())
+            whole = [f"{side}_blocks.{i}.attentions.{j}" for j in range(count)]
+            if whole and set(whole) <= set(removed) and types[i].startswith("CrossAttn"):
+                types[i] = types[i].removeprefix("CrossAttn")
+                said |= set(whole)
+        changes[f"{side}_block_types"] = types
+    gone = middle & set(removed)
+    if module.config.mid_block_type == "UNetMidBlock2DCrossAttn" and module.config.mid_block_scale_factor == 1:
+        if gone == middle:
+            changes["mid_block_type"] = None
+        elif gone == middle - {"mid_block.resnets.0"}:
+            changes["mid_block_type"] = "UNetMidBlock2D"
+        said |= gone if "mid_block_type" in changes else set()
     for unit, part in removed.items():
-        if not re.fullmatch(r".+\.attentions\.\d+\.transformer_blocks\.\d+", unit):
+        if unit not in said and not re.fullmatch(r".+\.attentions\.\d+\.transformer_blocks\.\d+", unit):
             raise _refuse(type(module).__name__, unit, str(part.removed_unit))
+    return changes | _unet_depths(module)
+
+
+def _unet_depths(module: Any) -> dict[str, Any]:
     given = module.config.transformer_layers_per_block
     levels = len(module.down_blocks)
     given = [given] * levels if isinstance(given, int) else list(given)
     turned = module.config.reverse_transformer_layers_per_block
-    turned = list(turned) if turned is not None else given[::-1]
+    turned = list(turned) if turned is not None else given[:levels][::-1]
 
-    def depths(stage: Any) -> list[int]:
-        found = []
-        for attention in getattr(stage, "attentions", None) or ():
-            if surgery.class_name(attention, "Transformer2DModel"):
-                found.append(sum(not isinstance(block, Removed) for block in attention.transformer_blocks))
-        return found
+    def depths(stage: Any, old: Any) -> Any:
+        attentions = [a for a in getattr(stage, "attentions", None) or () if hasattr(a, "transformer_blocks")]
+        found = [sum(not isinstance(block, Removed) for block in one.transformer_blocks) for one in attentions]
+        # The same number where one number says it: the plainest config that means this.
+        return old if not found else found[0] if len(set(found)) == 1 else found
 
-    down = [depths(stage) or old for stage, old in zip(module.down_blocks, given, strict=True)]
-    up = [depths(stage) or old for stage, old in zip(module.up_blocks, turned, strict=True)]
-    return {"transformer_layers_per_block": down, "reverse_transformer_layers_per_block": up}
+    down = [depths(stage, old) for stage, old in zip(module.down_blocks, given[:levels], strict=True)]
+    up = [depths(stage, old) for stage, old in zip(module.up_blocks, turned, strict=True)]
+    middle = depths(module.mid_block, down[-1])
+    # The middle reads the last entry: one more than there are stages is its own.
+    layers = down if middle == down[-1] else [*down, middle]
+    return {"transformer_layers_per_block": layers, "reverse_transformer_layers_per_block": up}
 
 
 def _renumbered(state: dict[str, torch.Tensor], removed: dict[str, Removed]) -> dict[str, torch.Tensor]:

@@ -146,7 +146,7 @@ class ScoringCost:
 
     Attributes:
         units: to be scored. forwards: of the model, over all batches. flops: in all.
-        seconds: estimated from one timed forward, for this process; None: not timed.
+        seconds: estimated from one timed forward; None: not timed.
     """
 
     units: int
@@ -164,7 +164,7 @@ def scoring_cost(inventory: Inventory, samples: int, batch: int = 1, seconds: fl
 
     Args:
         samples: calibration samples in all. batch: of them in one forward.
-        seconds: of one forward of a batch.
+        seconds: of one forward of a batch, over the number of processes.
 
     The FLOPs left out with each unit are counted as left out.
     """
@@ -217,6 +217,11 @@ def score_units(
 
     rank, world = processes()
     kept = _kept(Path(folder), key) if folder is not None else {}
+    if world > 1:
+        from accelerate import PartialState
+
+        # Nobody writes before all have read: shares are cut from the same list on every process.
+        PartialState().wait_for_everyone()
     todo = [name for name in names if name not in kept]
     mine = todo[rank::world]
     found: dict[str, float] = {}
