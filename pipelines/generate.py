@@ -6,20 +6,16 @@ vislr generate --model emoji-unet --adapter style.safetensors:0.8 --prompts "a r
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 from vislr.core.arguments import parse_config, plain_data
 from vislr.core.cli_guard import run
 from vislr.core.errors import AdapterError, ConfigError, ModelError
-from vislr.core.files import atomic_path, check_output
-
-if TYPE_CHECKING:
-    from PIL import Image
+from vislr.core.files import check_output, write_picture
 
 
 @dataclass
@@ -101,14 +97,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = plain_data(config)
     for image, (prompt, seed) in zip(images, pairs, strict=True):
         index = config.prompts.index(prompt)
-        _save(image, folder / f"{index:03d}-{_slug(prompt)}-{seed}.png", made | {"prompts": [prompt], "seeds": [seed]})
+        path = folder / f"{index:03d}-{_slug(prompt)}-{seed}.png"
+        write_picture(path, image, made | {"prompts": [prompt], "seeds": [seed]})
     if config.grid:
         count = len(config.prompts)
         rows = [images[i * count : (i + 1) * count] for i in range(len(config.seeds))]
         labels = [f"seed {seed}" for seed in config.seeds]
         cell = max(128, min(images[0].width, 512))
         grid = make_grid(rows, row_labels=labels, column_labels=config.prompts, cell=cell)
-        _save(grid, folder / "grid.png", made)
+        write_picture(folder / "grid.png", grid, made)
     print(f"{len(images)} pictures -> {folder}")
     return 0
 
@@ -128,17 +125,6 @@ def _adapter(text: str) -> tuple[Path, float]:
 
 def _slug(prompt: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in prompt.lower()).split())[:60] or "prompt"
-
-
-def _save(image: Image.Image, path: Path, made: dict[str, Any]) -> None:
-    from PIL.PngImagePlugin import PngInfo
-
-    from vislr import __version__
-
-    info = PngInfo()
-    info.add_text("vislr", json.dumps({"version": __version__, **made}, ensure_ascii=False))
-    with atomic_path(path) as temporary:
-        image.save(temporary, format="png", pnginfo=info)
 
 
 if __name__ == "__main__":

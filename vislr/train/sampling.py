@@ -3,23 +3,47 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from vislr.core.errors import ConfigError
 from vislr.train.families import PixArt, family_of, sequence_length
 
 if TYPE_CHECKING:
     from PIL import Image
 
 
+class _Steps:
+    """Stands in for a pipeline's progress bar: silent, and calls `on_step` after every denoising step."""
+
+    def __init__(self, on_step: Callable[[], Any] | None, iterable: Iterable[Any] | None):
+        self.on_step = on_step or (lambda: None)
+        self.iterable = iterable
+
+    def __enter__(self) -> _Steps:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to close."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self.iterable or ():
+            yield item
+            self.on_step()
+
+    def update(self, count: int = 1) -> None:
+        self.on_step()
+
+
 @contextlib.contextmanager
-def _quiet(pipe: Any) -> Iterator[None]:
-    before = dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.set_progress_bar_config(**(before | {"disable": True}))
+def _stepping(pipe: Any, on_step: Callable[[], Any] | None) -> Iterator[None]:
+    # The one thing that the loops of all diffusers pipelines call at every step; callbacks differ, and DiT has none.
+    pipe.progress_bar = lambda iterable=None, total=None: _Steps(on_step, iterable)
     try:
         yield
     finally:
-        pipe._progress_bar_config = before
+        del pipe.progress_bar
 
 
 @contextlib.contextmanager
@@ -45,6 +69,8 @@ def sample_images(
     size: int | None = None,
     batch: int = 8,
     progress: Callable[[int], Any] | None = None,
+    negative: str = "",
+    on_step: Callable[[], Any] | None = None,
 ) -> list[Image.Image]:
     """One picture for each pair of prompt and seed.
 
@@ -57,6 +83,11 @@ def sample_images(
         size: side in pixels; None: the pipeline's own.
         batch: pictures made at once.
         progress: called with the number of pictures after every batch.
+        negative: what the pictures should not show; "": nothing.
+        on_step: called after every denoising step; what it raises ends the run.
+
+    Raises:
+        ConfigError: `negative` for a pipeline that has no negative prompt.
     """
     import torch
 
@@ -69,13 +100,17 @@ def sample_images(
     if isinstance(family, PixArt):
         # Otherwise the pipeline draws at the nearest size of its own list and scales; captions are not cleaned either.
         options |= {"use_resolution_binning": False, "clean_caption": False}
+    if negative and "negative_prompt" not in inspect.signature(pipe.__call__).parameters:
+        raise ConfigError(f"a {type(pipe).__name__} takes no negative prompt; leave it empty")
     images: list[Image.Image] = []
     pairs = list(zip(prompts, seeds, strict=True))
-    with _quiet(pipe), _sliced(pipe, size), torch.no_grad():
+    with _stepping(pipe, on_step), _sliced(pipe, size), torch.no_grad():
         for start in range(0, len(pairs), batch):
             part = pairs[start : start + batch]
             rngs = [torch.Generator("cpu").manual_seed(seed) for _, seed in part]
             texts: list[Any] = [prompt for prompt, _ in part]
+            if negative:
+                options["negative_prompt"] = [negative] * len(part)
             if family.labelled:
                 texts = family.encode(texts)["label"].tolist()
             images += pipe(texts, generator=rngs, **options).images
