@@ -1,14 +1,15 @@
-"""Adapters: ConvLoRA, FLoRA, SaRA and AdaBN as peft methods, and one door through which any adapter goes on and off.
+"""Adapters: ConvLoRA, FLoRA, SaRA, AdaBN and QALoRA as peft methods, and one door on and off for any adapter.
 
 Importing this registers them with peft, so `inject_adapter_in_model`, `get_peft_model`, `PeftModel` and
 diffusers' `set_adapters`, `fuse_lora`, `unfuse_lora` and `delete_adapters` know them.
 """
 
-from vislr.adapters import adabn, conv_lora, flora, sara
+from vislr.adapters import adabn, conv_lora, flora, qalora, sara
 from vislr.adapters.adabn import AdaBnConfig, Adaptation, adapt_statistics
 from vislr.adapters.conv_lora import ConvLoraConfig
 from vislr.adapters.flora import FloraConfig
 from vislr.adapters.inject import adapter_names, adapter_parameters, attach, detach, set_adapters
+from vislr.adapters.qalora import QALoraConfig
 from vislr.adapters.sara import SaraConfig
 from vislr.adapters.tucker import TuckerReport, tucker_from_weight
 
@@ -21,6 +22,7 @@ def _register() -> None:
         (flora, FloraConfig, flora.FloraModel),
         (sara, SaraConfig, sara.SaraModel),
         (adabn, AdaBnConfig, adabn.AdaBnModel),
+        (qalora, QALoraConfig, qalora.QALoraModel),
     ):
         # peft's own `register_peft_method` refuses types outside of its enum; the mappings do not.
         kind: dict = {"config": config, "tuner": tuner, "prefix": tuner.prefix}
@@ -36,6 +38,7 @@ __all__ = [
     "Adaptation",
     "ConvLoraConfig",
     "FloraConfig",
+    "QALoraConfig",
     "SaraConfig",
     "TuckerReport",
     "adapt_statistics",

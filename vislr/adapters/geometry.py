@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vislr.core.errors import AdapterError
+from vislr.core.quantizing import holds_codes
 
 _CONV: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _PLAIN = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -139,6 +140,8 @@ def why_not(layer: Any) -> str:
         return "is no Linear, Conv1d, Conv2d or Conv3d"
     if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "is used by its attention module without its forward"
+    if holds_codes(layer):
+        return ""
     weight = layer._parameters.get("weight")
     if weight is None:
         return "has a weight that is computed (parametrised), so merging would change nothing"

@@ -21,6 +21,7 @@ from torch import nn
 from vislr.adapters.geometry import Geometry, geometry_of
 from vislr.adapters.targets import resolve
 from vislr.core.errors import AdapterError, FormatError
+from vislr.core.quantizing import holds_codes
 
 # What models, and peft's LoRA when it nests around us, read from a layer beside its weight and bias.
 _FORWARDED = frozenset(
@@ -248,6 +249,11 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
                 if not torch.isfinite(self.delta(name)).all():
                     raise AdapterError(f"adapter '{name}' has weights that are not finite; nothing was merged")
         base, state = self._base, self._state()
+        if holds_codes(base):
+            raise AdapterError(
+                f"cannot merge '{names[0]}' into a quantised weight: its values lie on a grid; keep the adapter "
+                "unmerged, or merge before quantising"
+            )
         self._rebase(state)
         added = [(self, name, self.scaling[name]) for name in names]
         if keep_base and not state.parts:

@@ -17,7 +17,7 @@ from torch import nn
 
 from vislr.adapters.layer import chain
 from vislr.adapters.sara_layer import INDEX_LIMIT, SaraLayer
-from vislr.adapters.targets import _matches, _more, _near, _select, backbone, innermost, modules_outside
+from vislr.adapters.targets import _matches, _more, _near, backbone, innermost, modules_outside, select_names
 from vislr.core.errors import AdapterError, TargetError
 
 
@@ -177,9 +177,9 @@ def _sites(model: nn.Module, config: Any, layers: dict[str, nn.Module]) -> list[
     else:
         if not isinstance(target, str):
             _unfit(model, target, names)
-        chosen = _select(target, names, "target")
+        chosen = select_names(target, names, "target")
     if config.exclude_modules and not config.sites:
-        chosen -= _select(config.exclude_modules, names, "exclude_modules")
+        chosen -= select_names(config.exclude_modules, names, "exclude_modules")
         if not chosen:
             raise TargetError("exclude_modules leaves no target")
     return [name for name in names if name in chosen]

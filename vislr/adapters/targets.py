@@ -106,7 +106,12 @@ def _near(pattern: str, names: Sequence[str]) -> str:
     return hint(plain, choices)
 
 
-def _select(patterns: Any, names: Sequence[str], what: str) -> set[str]:
+def select_names(patterns: Any, names: Sequence[str], what: str) -> set[str]:
+    """The names that a list (whole names or endings) or an expression means.
+
+    Raises:
+        TargetError: one matches nothing; names the nearest.
+    """
     return _by_expression(patterns, names, what) if isinstance(patterns, str) else _by_list(patterns, names, what)
 
 
@@ -213,9 +218,9 @@ def _chosen(model: nn.Module, config: Any, names: list[str]) -> tuple[set[str], 
             raise TargetError("target_modules is empty; leave it out for every conv and linear of the backbone")
         if not isinstance(target, str):
             _unfit(model, target)
-        chosen = _select(target, names, "target")
+        chosen = select_names(target, names, "target")
     if config.exclude_modules:
-        chosen -= _select(config.exclude_modules, names, "exclude_modules")
+        chosen -= select_names(config.exclude_modules, names, "exclude_modules")
         if not chosen:
             raise TargetError("exclude_modules leaves no target")
     return chosen, notes, forgiving

@@ -51,7 +51,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "convlora": ("convlora_A", "convlora_B", "alpha", "diff_b"),
     "flora": ("flora_core", "flora_out", "flora_in", "flora_k1", "flora_k2", "flora_k3", "alpha", "diff_b"),
     "sara": ("sara_index", "sara_delta", "sara_shape", "sara_kept"),
-    "qalora": ("qalora_A", "qalora_B", "alpha", "diff_b"),
+    "qalora": ("qalora_A", "qalora_B", "qalora_scale", "qalora_input_scale", "qalora_input_zero", "alpha", "diff_b"),
     "adabn": ("adabn_mean", "adabn_var", "adabn_count"),
     "oft": ("oft_blocks", "alpha"),
 }  # fmt: skip

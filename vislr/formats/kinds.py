@@ -13,6 +13,8 @@ lokr      `lokr_w1` or `lokr_w1_a`, `lokr_w1_b`; `lokr_w2` or `lokr_w2_a`, `lokr
 oft       `oft_blocks` (n, b, b): skew-symmetric, before peft's Cayley transform
 sara      `sara_index` (n,) int32, places in the weight, then the bias; `sara_delta` (n,) float64;
           `sara_shape` of the weight, int64; `sara_kept` (k,) int32, places in `sara_index` still trained
+qalora    `qalora_A` (r, Cg, *K), `qalora_B` (Co, r, 1...), `qalora_scale` (Co,), `alpha` (= r),
+          `qalora_input_scale` (T,), `qalora_input_zero` (T,): step sizes of T timesteps
 adabn     `adabn_mean` (C,), `adabn_var` (C,), `adabn_count` () int64, the batches behind them
 imported  what came from a file of another tool: the suffixes of `vislr.formats.canonical`
 ========  =====================================================================================
@@ -29,6 +31,7 @@ import torch
 from vislr.adapters.adabn_layer import AdaBnLayer
 from vislr.adapters.inject import unit_scale
 from vislr.adapters.layer import DeltaLayer
+from vislr.adapters.qalora import QALoraLayer
 from vislr.adapters.sara_layer import SaraLayer
 from vislr.core.errors import FormatError, hint
 from vislr.formats import canonical
@@ -45,6 +48,7 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
     **{kind: (*names, "alpha") for kind, names in _LYCORIS.items()},
     "oft": ("oft_blocks",),
     "sara": ("sara_index", "sara_delta", "sara_shape", "sara_kept"),
+    "qalora": ("qalora_A", "qalora_B", "qalora_scale", "qalora_input_scale", "qalora_input_zero", "alpha"),
     "adabn": ("adabn_mean", "adabn_var", "adabn_count"),
     "imported": tuple(dict.fromkeys(suffix for kind in ATTACHED_KINDS for suffix in canonical.KINDS[kind])),
 }
@@ -68,7 +72,7 @@ def stored(layer: Any, name: str, kind: str) -> dict[str, torch.Tensor]:
     Raises:
         FormatError: the layer has parts that the kind's suffixes cannot hold.
     """
-    if isinstance(layer, (DeltaLayer, SaraLayer, AdaBnLayer)):
+    if isinstance(layer, (DeltaLayer, SaraLayer, AdaBnLayer, QALoraLayer)):
         return layer.file_tensors(name)
     if kind == "oft":
         return {"oft_blocks": _blocks(layer.oft_R[name], layer.oft_R[name].weight.detach())}
@@ -96,7 +100,7 @@ def stored(layer: Any, name: str, kind: str) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def put(layer: Any, name: str, kind: str, tensors: dict[str, torch.Tensor]) -> None:
     """Copy values of `stored`'s suffixes and shapes into adapter `name` of one layer."""
-    if isinstance(layer, (DeltaLayer, SaraLayer, AdaBnLayer)):
+    if isinstance(layer, (DeltaLayer, SaraLayer, AdaBnLayer, QALoraLayer)):
         layer.load_file_tensors(name, tensors)
     elif kind == "oft":
         rotation = layer.oft_R[name]

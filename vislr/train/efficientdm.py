@@ -1,0 +1,354 @@
+"""EfficientDM's fine-tuning: a quantised denoiser learns from its full-precision self, without any data.
+
+The pipeline runs with the teacher, so scheduler, guidance and x_{t-1} are the teacher's. At every call the
+student, quantised and with QALoRA, answers the same question, and learns at once::
+
+    L_t = sum (eps_teacher(x_t, t, c) - eps_student(x_t, t, c))^2        both after classifier-free guidance
+
+(arXiv 2310.03270, equation 7; the sum as in the published code.) Scale-aware: the update of a layer must reach
+its step size before it changes a code, so each layer's learning rate is its mean step size over `reach`. The paper
+multiplies gradients by the step size instead, which is the same under SGD and nothing at all under Adam.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from vislr.adapters import QALoraConfig, adapter_parameters, attach
+from vislr.adapters.inject import adapter_layers
+from vislr.adapters.qalora import QALoraLayer
+from vislr.anatomy import denoiser_of
+from vislr.core.arguments import plain_data
+from vislr.core.errors import ConfigError, Interrupted, ModelError, TrainingError
+from vislr.quantize import QuantLayer, Trajectories, quant_layers
+from vislr.quantize.trajectories import watching_calls
+from vislr.train.checkpoints import check_same_run, checkpoints_in, load_checkpoint, save_checkpoint, set_number
+from vislr.train.checks import above_zero, at_least
+from vislr.train.signals import stop_signals
+
+NAME = "qalora"
+Train = Literal["all", "qalora", "full"]
+
+
+@dataclass
+class TuneConfig:
+    """How a quantised denoiser is fine-tuned."""
+
+    trajectories: int = 160
+    """Runs of the teacher from noise to picture; every step of each batch of them is one update."""
+    batch: int = 2
+    """Trajectories run at once."""
+    steps: int = 100
+    """Denoising steps of a trajectory; also the entries of the inputs' step sizes, where the plan has them."""
+    guidance: float = 4.0
+    """Classifier-free guidance scale of the trajectories."""
+    rank: int = 32
+    """Rank of QALoRA."""
+    scale_aware: bool = True
+    """Each layer's rate is its mean step size over `reach`; false: `lr` for all."""
+    reach: float = 2500.0
+    """scale_aware: mean step size over this is the rate (the published value)."""
+    lr: float = 2e-5
+    """Rate of QALoRA's factors where scale_aware is false."""
+    weight_scale_lr: float = 1e-6
+    """Rate of the weights' step sizes."""
+    input_lr: float = 5e-4
+    """Rate of the inputs' step sizes and zeros, where the plan has any."""
+    weight_decay: float = 0.01
+    """AdamW's weight decay; the step sizes decay too, as in the published code."""
+    train: Literal["all", "qalora", "full"] = "all"
+    """all: factors, step sizes of weights and of inputs; qalora: the factors alone; full: the weights themselves
+    (quantisation-aware training, to compare with)."""
+    checkpoint_every: int = 100
+    """Updates between two checkpoints, at the end of a batch of trajectories."""
+    seed: int = 3407
+    """Of noise and of the factors' start."""
+
+    def __post_init__(self) -> None:
+        at_least(1, tune__trajectories=self.trajectories, tune__batch=self.batch, tune__steps=self.steps)
+        at_least(1, tune__rank=self.rank, tune__checkpoint_every=self.checkpoint_every)
+        above_zero(tune__reach=self.reach, tune__lr=self.lr)
+        at_least(0, tune__weight_scale_lr=self.weight_scale_lr, tune__input_lr=self.input_lr)
+        at_least(0, tune__weight_decay=self.weight_decay)
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """What a fine-tune did.
+
+    Attributes:
+        updates: optimiser steps.
+        seconds: of this run.
+        trained: name of a part -> parameters trained.
+        losses: mean relative error |teacher - student|^2 / |teacher|^2 of each batch of trajectories.
+    """
+
+    updates: int
+    seconds: float
+    trained: dict[str, int]
+    losses: tuple[float, ...]
+
+
+def attach_qalora(student: nn.Module, rank: int, *, ends: bool = True, name: str = NAME, seed: int = 0) -> Any:
+    """QALoRA on every layer of fewer than 8 bits (on all, if none has fewer); of the ends the scales alone.
+
+    Args:
+        student: quantised.
+        ends: also train the scales of the first and last layers (`vislr.quantize.layer_classes`).
+
+    Returns:
+        what `vislr.adapters.detach` takes.
+    """
+    from vislr.quantize import layer_classes
+
+    layers = quant_layers(student)
+    classes = layer_classes(student)
+    body = [path for path in layers if path in classes.body]
+    if not body:
+        raise ModelError("no layer of the plan is in the model's body; expected more than its first and last layers")
+    others = [path for path in layers if path not in body and ends]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = QALoraConfig(r=rank, target_modules=_exactly([*body, *others]), scales=others)
+        return attach(student, config, name)
+
+
+def _exactly(sites: list[str]) -> str:
+    from vislr.adapters.inject import exactly
+
+    return exactly(sites)
+
+
+def parameter_groups(student: nn.Module, config: TuneConfig, name: str = NAME) -> list[dict[str, Any]]:
+    """AdamW's groups with the rate of each: factors (by layer where scale-aware), weights' and inputs' step sizes.
+
+    Each group has "names", "part" and "lr"; rates fall in a line to 0.
+    """
+    groups: list[dict[str, Any]] = []
+    sizes: dict[str, dict[str, nn.Parameter]] = {"weight scales": {}, "input scales": {}}
+    for site, layer in adapter_layers(student, name).items():
+        assert isinstance(layer, QALoraLayer)
+        factors = {
+            f"{site}.{part}": getattr(layer, part)[name]
+            for part in ("qalora_A", "qalora_B")
+            if name in getattr(layer, part)
+        }
+        mean = float(layer.qalora_scale[name].detach().mean())
+        if factors:
+            rate = mean / config.reach if config.scale_aware else config.lr
+            groups.append({"params": list(factors.values()), "names": list(factors), "part": "factors", "lr": rate})
+        sizes["weight scales"][f"{site}.qalora_scale"] = layer.qalora_scale[name]
+        for part in ("qalora_input_scale", "qalora_input_zero"):
+            if name in getattr(layer, part):
+                sizes["input scales"][f"{site}.{part}"] = getattr(layer, part)[name]
+    rates = {"weight scales": config.weight_scale_lr, "input scales": config.input_lr}
+    for part, found in sizes.items():
+        kept = config.train == "all" and rates[part] > 0
+        for parameter in found.values():
+            parameter.requires_grad_(kept)
+        if found and kept:
+            groups.append({"params": list(found.values()), "names": list(found), "part": part, "lr": rates[part]})
+    return groups
+
+
+def guided(prediction: torch.Tensor, guidance: float, doubled: bool) -> torch.Tensor:
+    """unconditional + guidance (conditional - unconditional) of a doubled batch; any other as it is."""
+    if not doubled:
+        return prediction
+    without, with_ = prediction.chunk(2)
+    return without + guidance * (with_ - without)
+
+
+def output_of(answer: Any) -> torch.Tensor:
+    """The prediction in what a denoiser returns."""
+    return answer if torch.is_tensor(answer) else answer[0]
+
+
+def tune(
+    pipe: Any,
+    student: nn.Module,
+    runs: Trajectories,
+    config: TuneConfig,
+    *,
+    folder: Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    watch: Callable[[int, float], None] | None = None,
+) -> TuneResult:
+    """Fine-tune a quantised copy of a pipeline's denoiser along the pipeline's own trajectories.
+
+    Args:
+        pipe: with the teacher in place; not changed.
+        student: a quantised model with QALoRA (`attach_qalora`), or with `train: full` any trainable copy.
+        runs: prompts and options of the trajectories; their number, batch, steps, guidance and seed are the
+            config's.
+        folder: keeps checkpoints; None: none.
+        resume: go on from the newest one.
+        watch: called with the update's number and its relative error.
+
+    Raises:
+        ConfigError: the checkpoints are of another run. TrainingError: the loss is not finite.
+        Interrupted: asked to stop; the last whole batch of trajectories is kept.
+    """
+    teacher = denoiser_of(pipe)[1]
+    if teacher is student:
+        raise ModelError("the teacher is the student itself; expected the model before quantising")
+    runs = _runs_of(runs, config)
+    groups = _groups(student, config)
+    trainable = {name: p for group in groups for name, p in zip(group["names"], group["params"], strict=True)}
+    optimizer = torch.optim.AdamW(
+        [{"params": group["params"], "lr": group["lr"], "base_lr": group["lr"]} for group in groups],
+        weight_decay=config.weight_decay,
+    )
+    total = runs.pieces * config.steps
+    state: dict[str, Any] = {"updates": 0, "piece": 0, "losses": []}
+    if folder is not None and resume and checkpoints_in(folder):
+        stored = load_checkpoint(checkpoints_in(folder)[-1], trainable, optimizer)
+        check_same_run(stored["config"], plain_data(config))
+        state = {key: stored[key] for key in state}
+    elif folder is not None and checkpoints_in(folder):
+        raise ConfigError(f"'{folder}' holds checkpoints of a run; expected resume, or another folder")
+    student.train(False)
+    teacher.requires_grad_(False)
+    learner = _Learner(teacher, student, optimizer, trainable, config.guidance, total, watch)
+    learner.updates = state["updates"]
+    started, saved = time.monotonic(), state["updates"]
+    losses: list[float] = list(state["losses"])
+    with (
+        stop_signals() as asked,
+        learner,
+        tqdm(total=total, initial=learner.updates, desc="fine-tuning", disable=not progress) as bar,
+    ):
+        learner.bar = bar
+        for piece in range(state["piece"], runs.pieces):
+            learner.seen = []
+            runs.run(pipe, piece)
+            losses.append(sum(learner.seen) / max(1, len(learner.seen)))
+            due = learner.updates - saved >= config.checkpoint_every or piece + 1 == runs.pieces or asked
+            if folder is not None and due:
+                saved = learner.updates
+                kept = {"updates": saved, "piece": piece + 1, "losses": losses, "config": plain_data(config)}
+                save_checkpoint(folder, saved, trainable, optimizer, kept, keep=1)
+            if asked and piece + 1 < runs.pieces:
+                raise Interrupted(f"stopped after {learner.updates} of {total} updates; resume goes on from there")
+    counts: dict[str, int] = {}
+    for group in groups:
+        counts[group["part"]] = counts.get(group["part"], 0) + sum(p.numel() for p in group["params"])
+    return TuneResult(learner.updates, time.monotonic() - started, counts, tuple(losses))
+
+
+def _runs_of(runs: Trajectories, config: TuneConfig) -> Trajectories:
+    from dataclasses import replace
+
+    return replace(
+        runs, count=config.trajectories, batch=config.batch, steps=config.steps, guidance=config.guidance,
+        seed=config.seed,
+    )  # fmt: skip
+
+
+def _groups(student: nn.Module, config: TuneConfig) -> list[dict[str, Any]]:
+    if config.train != "full":
+        return parameter_groups(student, config)
+    named = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    return [{"params": list(named.values()), "names": list(named), "part": "weights", "lr": config.lr}]
+
+
+class _Learner:
+    """On the teacher while the pipeline runs: after each of its answers the student gives its own, and learns."""
+
+    def __init__(
+        self, teacher: nn.Module, student: nn.Module, optimizer: torch.optim.Optimizer,
+        trainable: Mapping[str, nn.Parameter], guidance: float, total: int,
+        watch: Callable[[int, float], None] | None,
+    ) -> None:  # fmt: skip
+        self.teacher, self.student, self.optimizer = teacher, student, optimizer
+        self.trainable, self.guidance, self.total = trainable, guidance, total
+        self.watch, self.updates = watch, 0
+        self.seen: list[float] = []
+        self.bar: Any = None
+        self.asked: dict[str, Any] = {}
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> _Learner:
+        self.watching = watching_calls(self.teacher, self._note)
+        self.watching.__enter__()
+        self.handle = self.teacher.register_forward_hook(self._learn)
+        return self
+
+    def __exit__(self, *reason: Any) -> None:
+        self.handle.remove()
+        self.watching.__exit__(*reason)
+
+    def _note(self, given: dict[str, Any]) -> None:
+        self.asked = given
+
+    def _learn(self, module: nn.Module, args: Any, answer: Any) -> None:
+        left = max(0.0, 1 - self.updates / self.total)
+        for group in self.optimizer.param_groups:
+            set_number(group, "lr", group["base_lr"] * left)
+        target = output_of(answer).detach()
+        # What CFG pipelines ask is a doubled batch: unconditional, then conditional.
+        doubled = self.guidance > 1 and target.shape[0] % 2 == 0
+        with torch.enable_grad():
+            own = output_of(self.student(**self.asked))
+            wanted = guided(target.float(), self.guidance, doubled)
+            error = (wanted - guided(own.float(), self.guidance, doubled)).square().sum()
+            error.backward()
+        value = float(error.detach() / wanted.square().sum().clamp_min(1e-12))
+        if not math.isfinite(value):
+            raise TrainingError(f"the error of update {self.updates + 1} is not finite; lower the rates")
+        self.optimizer.step()
+        with torch.no_grad():
+            for name, parameter in self.trainable.items():
+                if name.endswith(("qalora_scale", "qalora_input_scale")):
+                    # A step size that reached 0 would divide by it.
+                    parameter.clamp_min_(1e-8)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.updates += 1
+        self.seen.append(value)
+        self.bar.update()
+        self.bar.set_postfix(error=f"{value:.4f}")
+        if self.watch is not None:
+            self.watch(self.updates, value)
+
+
+def merge_qalora(student: Any, name: str = NAME) -> None:
+    """Make the trained codes and scales the model's own, and take the adapter off: what is left is integers.
+
+    Raises:
+        AdapterError: no such adapter.
+    """
+    layers = adapter_layers(student, name)
+    for layer in layers.values():
+        layer.merge(adapter_names=[name])
+    for path, layer in list(student.named_modules()):
+        if isinstance(layer, QALoraLayer) and layer in layers.values():
+            base: Any = layer.base_layer
+            layer.merged_adapters = []
+            assert isinstance(base, QuantLayer)
+            parent, _, attribute = path.rpartition(".")
+            setattr(student.get_submodule(parent), attribute, base)
+    configs = getattr(student, "peft_config", None)
+    if isinstance(configs, dict):
+        configs.pop(name, None)
+        if not configs:
+            del student.peft_config
+    student.__dict__.pop("_vislr_adapters", None)
+    if "_hf_peft_config_loaded" in vars(student) and not configs:
+        student._hf_peft_config_loaded = False
+    student.requires_grad_(False)
+
+
+__all__ = [
+    "TuneConfig", "TuneResult", "adapter_parameters", "attach_qalora", "guided", "merge_qalora", "parameter_groups",
+    "tune",
+]  # fmt: skip
