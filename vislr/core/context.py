@@ -39,6 +39,7 @@ class StepContext:
             `(timestep) -> phase` with any few-valued phase, asked once a call, outside of graphs.
         phases: by owner, what its schedule said last.
         owners: who uses the context; the hook goes with the last one.
+        inputs: what the denoiser got, by name, its latent always as "sample"; only while schedules are asked.
     """
 
     timestep: torch.Tensor | None = None
@@ -48,14 +49,15 @@ class StepContext:
     schedules: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
     phases: dict[str, Any] = field(default_factory=dict)
     owners: set[str] = field(default_factory=set)
+    inputs: dict[str, Any] = field(default_factory=dict)
 
     def reset(self) -> None:
         """Forget the last call; schedules and owners stay."""
         self.timestep, self.phase, self.adapter_ids = None, Phase.FULL, None
         self.phases.clear()
 
-    def enter(self, timestep: torch.Tensor | None) -> None:
-        """A call begins: note its timestep and ask the schedules."""
+    def enter(self, timestep: torch.Tensor | None, inputs: dict[str, Any] | None = None) -> None:
+        """A call begins: note its timestep and ask the schedules, which may look at the inputs."""
         adapter_ids, phases = self.adapter_ids, dict(self.phases)
         self.reset()
         self.timestep, self.adapter_ids = timestep, adapter_ids
@@ -63,10 +65,14 @@ class StepContext:
             # A counted forward has no values to ask about: phases stay what they were set to.
             self.phases.update(phases)
             return
-        if self.schedule is not None:
-            self.phase = self.schedule(timestep)
-        for owner, schedule in self.schedules.items():
-            self.phases[owner] = schedule(timestep)
+        self.inputs = inputs or {}
+        try:
+            if self.schedule is not None:
+                self.phase = self.schedule(timestep)
+            for owner, schedule in self.schedules.items():
+                self.phases[owner] = schedule(timestep)
+        finally:
+            self.inputs = {}
 
 
 def step_context(denoiser: nn.Module, owner: str | None = None) -> StepContext:
@@ -96,7 +102,8 @@ def step_context(denoiser: nn.Module, owner: str | None = None) -> StepContext:
                 timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
                 if timestep is not None and not torch.is_tensor(timestep):
                     timestep = torch.tensor(timestep)
-                context.enter(timestep)
+                latent = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+                context.enter(timestep, {**kwargs, "sample": latent})
 
             self.handle = module.register_forward_pre_hook(enter, with_kwargs=True)
             return module

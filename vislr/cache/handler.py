@@ -1,0 +1,193 @@
+"""Cache plans put on a denoiser and taken off: `vislr.apply` and `vislr.remove` come here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from vislr.anatomy import denoiser_of, meta_copy, sample_inputs
+from vislr.anatomy.cost import count
+from vislr.anatomy.wrapping import unwrapped
+from vislr.cache.hooks import HOOK_NAME
+from vislr.cache.plan import CachePlan
+from vislr.cache.regions import region_hooks
+from vislr.cache.state import CacheState
+from vislr.core.clock import Clock, scheduler_of
+from vislr.core.context import remove_step_context, step_context
+from vislr.core.errors import ConfigError, UndoError
+from vislr.core.hooks import hook_of, put_on, take_off, tidy
+from vislr.core.registry import Attached
+
+OWNER = "cache"
+_TOKENS = "vislr_tokens"
+
+
+class Schedule:
+    """Which regions a call reuses, by the step of its run; asked once a call, outside of graphs.
+
+    Where a composition evaluates several adapters in a call, it begins a pass for each of them; what
+    this says is then what they may reuse.
+
+    Attributes:
+        wanted: the regions that the current step may reuse.
+        branch: which call of the step it is (guidance may take two).
+    """
+
+    def __init__(self, plan: CachePlan, state: CacheState, clock: Clock):
+        self.plan, self.state, self.clock = plan, state, clock
+        self.wanted: frozenset[int] = frozenset()
+        self.branch = 0
+        self._steps: dict[int, list[frozenset[int]]] = {}
+
+    def __call__(self, timestep: Any) -> frozenset[int]:
+        if timestep is None:
+            self.wanted = frozenset()
+        else:
+            moment = self.clock.tick(timestep)
+            if moment.first:
+                self.state.clear()
+            total = moment.steps or self.plan.steps
+            if total not in self._steps:
+                self._steps[total] = reused_by_step(self.plan, total)
+            table = self._steps[total]
+            # A bare denoiser may run on beyond the steps that the plan names.
+            self.wanted = table[moment.step] if moment.step < len(table) else frozenset()
+            self.branch = moment.branch
+        self.state.begin((self.branch,), self.wanted)
+        return self.state.reused
+
+
+def reused_by_step(plan: CachePlan, total: int) -> list[frozenset[int]]:
+    """For each step of a run: the regions (places in the plan) that it reuses."""
+    computed = [set(region.refresh.steps(total)) for region in plan.regions]
+    return [frozenset(n for n, steps in enumerate(computed) if step not in steps) for step in range(total)]
+
+
+def attach_to(target: Any) -> Callable[..., Attached]:
+    """`attach` for the denoiser of a pipeline, whose scheduler says where a run is."""
+    scheduler = scheduler_of(target)
+
+    def attach_there(module: Any, change: CachePlan, name: str = "cache") -> Attached:
+        return attach(module, change, name, scheduler)
+
+    return attach_there
+
+
+def attach(
+    module: Any, change: CachePlan, name: str = "cache", scheduler: Callable[[], Any] | None = None
+) -> Attached:
+    """Put a cache plan on a denoiser. No weight, buffer or class is touched.
+
+    Args:
+        module: UNet2DConditionModel, SD3, FLUX, PixArt or DiT transformer; adapters and layer plans may
+            be on it.
+        change: the plan.
+        scheduler: gives the pipeline's scheduler; None: `change.steps` calls with falling timesteps are a run.
+
+    Raises:
+        ModelError: no denoiser. TargetError: a block is not there; names the nearest.
+        ConfigError: regions that cannot be cached, or a cache is on already.
+    """
+    module = unwrapped(module)
+    hooked = put_hooks(module, change, scheduler)
+    dense, average = plan_flops(module, change)
+    shares = [len(region.refresh.steps(change.steps)) for region in change.regions]
+    notes = (
+        f"{len(change.regions)} regions, computed in {min(shares)} to {max(shares)} of {change.steps} steps"
+        if len(shares) > 1
+        else f"'{change.regions[0].first}' to '{change.regions[0].last}' computed in {shares[0]} of {change.steps} steps",
+        f"{average / dense:.1%} of the FLOPs, on average over a run of {change.steps} steps",
+    )
+    return Attached(hooked, {"kind": "cache", "plan": change.to_dict()}, {"hooked": hooked}, notes, (dense, average))
+
+
+def detach(module: Any, attached: Attached) -> None:
+    """Take the plan off: every module's own forward is back, and nothing is kept.
+
+    Raises:
+        UndoError: no cache plan is on the model.
+    """
+    module = unwrapped(module)
+    if schedule_of(module) is None:
+        raise UndoError(f"no cache plan is on this {type(module).__name__} any more")
+    take_hooks(module, attached.undo["hooked"])
+
+
+def put_hooks(module: Any, plan: CachePlan, scheduler: Callable[[], Any] | None = None) -> tuple[str, ...]:
+    """Check the plan against the model, then hook it; returns the names of the modules that carry a hook."""
+    if schedule_of(module) is not None:
+        raise ConfigError("a cache plan is on this model already; remove it first")
+    state = CacheState()
+    hooks = hooks_for(module, plan, state)
+    for name, hook in hooks.items():
+        put_on(module.get_submodule(name), hook, HOOK_NAME)
+    context = step_context(module, OWNER)
+    context.schedules[OWNER] = Schedule(plan, state, Clock(scheduler, plan.steps))
+    return tuple(hooks)
+
+
+def hooks_for(module: Any, plan: CachePlan, state: CacheState) -> dict[str, Any]:
+    """The plan's hooks by module, checked against the model and what is on it."""
+    hooks = region_hooks(module, plan.regions, state)
+    for name in hooks:
+        part = module.get_submodule(name)
+        if hook_of(part, HOOK_NAME) is not None:
+            raise ConfigError(f"'{name}' is cached by something else already; remove that first")
+        if hook_of(part, _TOKENS) is not None:
+            raise ConfigError(f"a token plan works in '{name}', which would not run in cached steps; remove one of them")
+    return hooks
+
+
+def take_hooks(module: nn.Module, hooked: tuple[str, ...]) -> None:
+    """Take off what `put_hooks` put on."""
+    for name in hooked:
+        take_off(module.get_submodule(name), HOOK_NAME)
+    remove_step_context(module, OWNER)
+    tidy(module)
+
+
+def schedule_of(module: Any) -> Schedule | None:
+    """The schedule of the cache plan on this model, or None."""
+    from vislr.core.context import HOOK_NAME as CONTEXT
+
+    hook = hook_of(unwrapped(module), CONTEXT)
+    found = None if hook is None else hook.context.schedules.get(OWNER)
+    return found if isinstance(found, Schedule) else None
+
+
+def plan_flops(module: Any, plan: CachePlan, sample: dict[str, int] | None = None) -> tuple[int, int]:
+    """FLOPs of one call of a hooked model: computed whole, and on average over a run of `plan.steps`."""
+    twin = meta_copy(module)
+    schedule = schedule_of(twin)
+    assert schedule is not None
+    inputs = sample_inputs(twin, sample)
+    state = schedule.state
+    state.clear()
+    dense = count(twin, inputs).total
+    total = 0
+    for reused, times in Counter(reused_by_step(plan, plan.steps)).items():
+        state.reused = reused
+        total += times * (count(twin, inputs).total if reused else dense)
+    return dense, round(total / plan.steps)
+
+
+@contextmanager
+def cached(target: Any, plan: CachePlan) -> Iterator[None]:
+    """While inside, the pipeline runs with the plan; nothing is counted or recorded.
+
+    Args:
+        target: a pipeline or a bare denoiser.
+
+    Raises:
+        as `attach`.
+    """
+    module = unwrapped(denoiser_of(target)[1])
+    hooked = put_hooks(module, plan, scheduler_of(target))
+    try:
+        yield
+    finally:
+        take_hooks(module, hooked)
