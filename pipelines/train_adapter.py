@@ -16,6 +16,7 @@ from vislr.core.cli_guard import run
 from vislr.core.errors import DataError
 from vislr.core.files import check_output
 from vislr.train.config import TrainConfig
+from vislr.train.launch import shard_if_asked
 
 if TYPE_CHECKING:
     from vislr.core.report import Report
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(
         TrainConfig, argv, prog="vislr train", description="Train an adapter on a folder of pictures."
     )
+    shard_if_asked(config)
     if config.check_data:
         return _check(config)
     from vislr.pipelines import training_setup as setup

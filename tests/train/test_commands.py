@@ -304,7 +304,10 @@ def test_training_under_a_token_plan(sd_folder, pictures, tmp_path, capsys):
     whole = arguments(sd_folder, pictures, tmp_path / "whole", "--adapter.kind", "lora")
     assert run(train_adapter.main, whole) == 0
     reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("run", "whole")]
-    assert [[step["report"]["kind"] for step in report["recipe"]] for report in reports] == [["tokens", "peft"], ["peft"]]
+    assert [[step["report"]["kind"] for step in report["recipe"]] for report in reports] == [
+        ["tokens", "peft"],
+        ["peft"],
+    ]
     # Same weights, noise and pictures: what differs is that tokens were missing.
     before = [report["held_out"]["loss"]["before"] for report in reports]
     assert before[0] != before[1]

@@ -13,8 +13,10 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from vislr.core.errors import LaunchError
+import vislr
+from vislr.core.errors import ConfigError, LaunchError
 from vislr.core.files import read_json
+from vislr.pipelines import train_adapter
 from vislr.train import make_accelerator
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
@@ -70,6 +72,45 @@ def test_two_processes_are_one_with_twice_the_batch(pictures, tmp_path):
         assert resumed.keys() == weights["20"].keys()
         assert all(torch.equal(value, weights["20"][name]) for name, value in resumed.items())
         assert read_json(again / f"seen-{rank}.json")["seen"] == parts[rank]["seen"][2:]
+
+
+def test_a_divided_base_trains_the_same_adapter(pictures, tmp_path):
+    for how in ("", "shard"):
+        done = launch(2, SCRIPT, pictures, tmp_path / f"run{how}", 3, *([how] if how else []))
+        assert done.returncode == 0, done.stderr[-2000:]
+    parts = [read_json(tmp_path / "runshard" / f"parts-{rank}.json") for rank in (0, 1)]
+    pipe = tiny.tiny_sd_pipeline()
+    divided = sum(map(sum, parts))
+    # Nearly all of the UNet lies in its blocks, and each process keeps about half of them.
+    assert 0.8 * vislr.describe(pipe.unet).parameters < divided <= vislr.describe(pipe.unet).parameters
+    assert sum(parts[0]) == pytest.approx(divided / 2, rel=0.05)
+    whole, shard = (load_file(tmp_path / run / "weights-0.safetensors") for run in ("run", "runshard"))
+    assert whole.keys() == shard.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(shard[name], value, rtol=0, atol=2e-5)
+    assert read_json(tmp_path / "run" / "seen-0.json")["held_out"]["drift"] == [
+        [step, pytest.approx(value, abs=1e-4)]
+        for step, value in read_json(tmp_path / "runshard" / "seen-0.json")["held_out"]["drift"]
+    ]
+    # The file knows its base, and goes on a whole one.
+    vislr.load_adapter(pipe, tmp_path / "runshard" / "adapter-0.safetensors")
+    loaded = {name: value for name, value in pipe.unet.named_parameters() if name in shard}
+    assert loaded.keys() == shard.keys()
+    assert all(torch.equal(value, shard[name]) for name, value in loaded.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"adapter.kind": "sara"}, "sara trains entries of the base in place"),
+        ({"model.storage": "fp8"}, "model.shard goes with model.storage plain, not fp8"),
+    ],
+)
+def test_what_does_not_go_with_a_divided_base(monkeypatch, change, message):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    flags = [part for key, value in change.items() for part in (f"--{key}", value)]
+    with pytest.raises(ConfigError, match=message):
+        train_adapter.main(["--data.folder", "none", "--output.folder", "none", *flags])
 
 
 def test_another_number_of_processes_than_asked_for_is_an_error():

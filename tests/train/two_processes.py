@@ -1,8 +1,8 @@
 """One of the processes of `test_processes.py`: trains, and writes what it saw.
 
-torchrun --nproc_per_node 2 two_processes.py PICTURES OUT BATCH [STOP | resume]
+torchrun --nproc_per_node 2 two_processes.py PICTURES OUT BATCH [STOP | resume | shard]
 
-STOP: the step after which this process, and so all, is asked to stop.
+STOP: the step after which this process, and so all, is asked to stop. shard: the base is divided.
 """
 
 import sys
@@ -19,6 +19,7 @@ from vislr.train import (
     AdapterSection,
     DataConfig,
     HeldOutConfig,
+    ModelConfig,
     OptimConfig,
     OutputConfig,
     SampleConfig,
@@ -40,6 +41,7 @@ def main(pictures: str, out: str, batch: int, how: str = "") -> None:
         output=OutputConfig(folder=out, checkpoint_every=0, resume=how == "resume"),
         optim=OptimConfig(batch=batch, lr=1e-3, warmup=0, ema=0.9), sample=SampleConfig(steps=1),
         held_out=HeldOutConfig(fraction=0.25, repeats=1), adapter=AdapterSection(r=2),
+        model=ModelConfig(shard=how == "shard"),
     )  # fmt: skip
     seen, gradients = [], {}
     read, clip = Examples.__getitem__, accelerator.clip_grad_norm_
@@ -59,6 +61,7 @@ def main(pictures: str, out: str, batch: int, how: str = "") -> None:
     pipe = tiny.tiny_sd_pipeline()
     torch.manual_seed(0)
     vislr.apply(pipe, config.adapter.to_change())
+    vislr.save_adapter(pipe, Path(out) / f"first-{accelerator.process_index}.safetensors")
     train, held_out = ImageFolder.with_captions(pictures).split(0.25)
     try:
         result = fit(pipe, "default", config, train, held_out, accelerator=accelerator, stop=stop)
@@ -68,6 +71,10 @@ def main(pictures: str, out: str, batch: int, how: str = "") -> None:
     finally:
         Examples.__getitem__ = read
     rank = accelerator.process_index
+    if how == "shard":
+        parts = [p.to_local().numel() for p in pipe.unet.parameters() if hasattr(p, "full_tensor")]
+        write_json(Path(out) / f"parts-{rank}.json", parts)
+        vislr.save_adapter(pipe, Path(out) / f"adapter-{rank}.safetensors")
     weights = {name: p for name, p in pipe.unet.named_parameters() if p.requires_grad}
     write_tensors(Path(out) / f"weights-{rank}.safetensors", weights)
     write_tensors(Path(out) / f"gradients-{rank}.safetensors", gradients)

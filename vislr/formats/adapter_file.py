@@ -22,6 +22,8 @@ from vislr.core.versions import versions_of
 from vislr.formats.manifest import SCHEMA
 
 FORMATS = ("vislr", "diffusers")
+# Where a model keeps the last "base" entry of a manifest, with the sites that it is of.
+_LAST = "_vislr_last_base"
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,23 @@ def base_entry(module: nn.Module, sites: Mapping[str, str]) -> dict[str, str]:
 
     Args:
         sites: site -> kind; of "adabn" the source's statistics count.
+
+    Raises:
+        AdapterError: the weights are divided over processes, and were never asked for before that.
     """
     modules = modules_outside(module)
     weights = base_weights({site: modules[site] for site, kind in sites.items() if kind != "adabn"})
     weights |= source_statistics({site: modules[site] for site, kind in sites.items() if kind == "adabn"})
     dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})
-    return {"sha256": content_hash(weights), "dtype": ", ".join(dtypes)}
+    if any(hasattr(weight, "full_tensor") for weight in weights.values()):
+        # No process has the whole weights; they are frozen, so what was found before they were divided holds.
+        of, entry = module.__dict__.get(_LAST, (None, {}))
+        if of != dict(sites):
+            raise AdapterError("the base is divided over processes: save its adapter from a run that has it whole")
+        return dict(entry)
+    entry = {"sha256": content_hash(weights), "dtype": ", ".join(dtypes)}
+    module.__dict__[_LAST] = (dict(sites), entry)
+    return entry
 
 
 def family_of(module: nn.Module) -> str:

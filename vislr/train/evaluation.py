@@ -27,10 +27,11 @@ class Evaluator:
     Args:
         task: the model and its held-out examples.
         batch: examples in one forward. bands: parts of the time axis with a loss of their own.
+        together: every process must run the model equally often.
     """
 
-    def __init__(self, task: Task, accelerator: Accelerator, *, batch: int, bands: int) -> None:
-        self.task, self.accelerator = task, accelerator
+    def __init__(self, task: Task, accelerator: Accelerator, *, batch: int, bands: int, together: bool = False) -> None:
+        self.task, self.accelerator, self.together = task, accelerator, together
         self.batch, self.bands = batch, bands
         self.base: dict[int, torch.Tensor] = {}
 
@@ -52,9 +53,13 @@ class Evaluator:
         adapter_training(models, False)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         with self.accelerator.autocast():
-            for positions in examples.batches(self.batch, rank, world):
+            parts = examples.batches(self.batch, rank, world)
+            for number in range(self._most(examples) if self.together else len(parts)):
+                positions = parts[number] if number < len(parts) else [0]
                 batch = examples[positions]
                 draw = task.forward(task.model, batch, plain=True)
+                if number >= len(parts):
+                    continue
                 losses = draw.loss.tolist()
                 sums["loss"] += sum(losses)
                 for name, each in draw.parts.items():
@@ -75,6 +80,11 @@ class Evaluator:
         if sums["base squares"]:
             values["drift"] = (sums["squares"] / sums["base squares"]) ** 0.5
         return values
+
+    def _most(self, examples: Any) -> int:
+        """Forwards of the process that has most of them."""
+        world = self.accelerator.num_processes
+        return max(len(examples.batches(self.batch, rank, world)) for rank in range(world))
 
     def _bands(self, sums: dict[str, float], losses: list[float], places: list[float]) -> None:
         for loss, place in zip(losses, places, strict=True):

@@ -5,16 +5,43 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from vislr.core.errors import LaunchError
+from vislr.core.errors import ConfigError, LaunchError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from vislr.train.config import TrainConfig
 
 # `accelerate launch --cpu --num_processes 2` starts one process and says nothing.
 _HOW = (
     "on CPUs: ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node {count} pipelines/train_adapter.py ...; "
     "on GPUs: accelerate launch --num_processes {count} pipelines/train_adapter.py ..."
 )
+
+
+def shard_if_asked(config: TrainConfig) -> None:
+    """Set `model.shard` where accelerate's config asks for FSDP, and refuse what does not go with a divided base.
+
+    accelerate would divide the adapter and its optimiser, too, so its request is taken out of the environment.
+
+    Raises:
+        ConfigError: base in fewer bits, compiled or leaving the device; or SaRA, which trains the base in place.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes"):
+        os.environ["ACCELERATE_USE_FSDP"] = "false"
+        config.model.shard = True
+    model = config.model
+    if not model.shard:
+        return
+    if config.adapter.kind == "sara":
+        raise ConfigError("model.shard: sara trains entries of the base in place; expected convlora, flora or lora")
+    for key, value, expected in (
+        ("storage", model.storage, "plain"),
+        ("compile", model.compile, False),
+        ("offload", model.offload, "none"),
+    ):
+        if value != expected:
+            raise ConfigError(f"model.shard goes with model.{key} {str(expected).lower()}, not {str(value).lower()}")
 
 
 def make_accelerator(precision: str = "fp32", processes: int | None = None) -> Accelerator:
@@ -26,7 +53,7 @@ def make_accelerator(precision: str = "fp32", processes: int | None = None) -> A
 
     Raises:
         LaunchError: another number takes part, the launcher started more processes than found each other, or
-            the model is to be sharded over them.
+            DeepSpeed is asked for.
     """
     from accelerate import Accelerator
 
@@ -37,8 +64,8 @@ def make_accelerator(precision: str = "fp32", processes: int | None = None) -> A
     kind = str(accelerator.distributed_type.value)
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise LaunchError(
-            f"accelerate's config asks for {kind}; expected one process a device without sharding: adapters leave "
-            "little to shard, and model.storage (fp8, int8, nf4) makes the base smaller"
+            f"accelerate's config asks for {kind}; expected one process a device, and model.shard to divide the base: "
+            "adapters leave nothing else to divide"
         )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     real = accelerator.num_processes

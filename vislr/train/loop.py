@@ -27,6 +27,7 @@ from vislr.train.evaluation import Evaluator, Similarity, out_of_patience
 from vislr.train.launch import make_accelerator
 from vislr.train.optimizers import build_optimizer, learning_rate, parameter_groups
 from vislr.train.progress import Progress, take_up
+from vislr.train.sharding import shard_base
 from vislr.train.signals import stop_signals
 from vislr.train.tasks import Classification, Extra, Preview, Task
 
@@ -125,7 +126,11 @@ def fit(
     progress = Progress(Path(config.output.folder), config, chosen, optimizer, accelerator, average, save_adapter,
                         task.models)  # fmt: skip
     take_up(progress, pool, task)
-    wrapped, prepared = accelerator.prepare(task.model, optimizer)
+    if config.model.shard and accelerator.num_processes > 1:
+        shard_base(task.model, list(chosen.values()), accelerator.device, accelerator.num_processes)
+        wrapped, prepared = task.model, accelerator.prepare(optimizer)
+    else:
+        wrapped, prepared = accelerator.prepare(task.model, optimizer)
     try:
         return _Run(task, progress, extra).train(wrapped, prepared, stop)
     finally:
@@ -143,10 +148,16 @@ class _Run:
         self.history, self.trainable = progress.history, progress.trainable
         self.main, self.world = self.accelerator.is_main_process, self.accelerator.num_processes
         self.models = list(task.models.values())
+        # A divided model runs on all processes or on none.
+        self.together = self.config.model.shard and self.world > 1
         # Parameters beside the wrapped model: their gradients are shared by hand.
-        self.loose = [value for name, value in self.trainable.items() if name.partition(".")[0] in task.models]
+        self.loose = [
+            value for name, value in self.trainable.items() if self.together or name.partition(".")[0] in task.models
+        ]
         held_out = self.config.held_out
-        self.evaluator = Evaluator(task, self.accelerator, batch=self.config.optim.batch, bands=held_out.bands)
+        self.evaluator = Evaluator(
+            task, self.accelerator, batch=self.config.optim.batch, bands=held_out.bands, together=self.together
+        )
         self.board: Board | None = None
         self.similarity: Similarity | None = None
 
@@ -171,12 +182,8 @@ class _Run:
 
     def show(self) -> Preview | None:
         """Pictures of the model now, as a grid in `samples/` and in tensorboard. On the first process alone."""
-        preview = None
-        if self.main:
-            adapter_training(self.models, False)
-            with self.progress.shown():
-                preview = self.task.preview()
-            adapter_training(self.models, True)
+        preview = self._draw()
+        if self.main and preview is not None:
             grid = make_grid(preview.rows, column_labels=preview.columns, title=f"step {self.step}")
             with atomic_path(self.progress.folder / "samples" / f"{self.step:06d}.png") as temporary:
                 grid.save(temporary, format="png")
@@ -191,6 +198,15 @@ class _Run:
         self.accelerator.wait_for_everyone()
         return preview
 
+    def _draw(self) -> Preview | None:
+        if not (self.main or self.together):
+            return None
+        adapter_training(self.models, False)
+        with self.progress.shown():
+            preview = self.task.preview()
+        adapter_training(self.models, True)
+        return preview
+
     def _before(self) -> Preview | None:
         """Pictures of the base, also when resumed, and what it predicts."""
         fresh = self.step == 0 and self.config.init_adapter is None
@@ -203,7 +219,7 @@ class _Run:
             if self.step == 0:
                 preview = self.show()
             else:
-                preview = self.task.preview() if self.main else None
+                preview = self.task.preview() if self.main or self.together else None
         if self.step == 0 and not (fresh and self.task.drifts):
             self.evaluate()
         return preview

@@ -30,6 +30,9 @@ class ModelConfig:
     """torch.compile: the first steps take minutes, later ones less."""
     offload: Literal["none", "encoders"] = "none"
     """encoders: text encoders and VAE leave the device while they are not needed."""
+    shard: bool = False
+    """Divide the frozen base over the processes (FSDP2), the adapter stays whole; an accelerate config with FSDP does
+    the same."""
     tokens: str | None = None
     """A plan.json of `vislr tokens`: the denoiser is trained under this token plan, for use under it. null: none."""
 
