@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         UNet2DConditionModel,
     )
 
-    from vislr.adapters import AdaBnConfig, ConvLoraConfig, FloraConfig, SaraConfig, adapt_statistics
+    from vislr.adapters import AdaBnConfig, ConvLoraConfig, FloraConfig, QALoraConfig, SaraConfig, adapt_statistics
     from vislr.anatomy import Anatomy, Site, describe
     from vislr.core.errors import VislrError
     from vislr.core.report import Report
@@ -34,6 +34,7 @@ _NAMES = {
     "Anatomy": "vislr.anatomy",
     "ConvLoraConfig": "vislr.adapters",
     "FloraConfig": "vislr.adapters",
+    "QALoraConfig": "vislr.adapters",
     "Report": "vislr.core.report",
     "SaraConfig": "vislr.adapters",
     "Site": "vislr.anatomy",
@@ -60,6 +61,8 @@ _NAMES = {
 _ROOMS = (
     "adapters",
     "anatomy",
+    "cache",
+    "compose",
     "core",
     "data",
     "folders",
@@ -68,6 +71,7 @@ _ROOMS = (
     "measure",
     "models",
     "prune",
+    "quantize",
     "recipe",
     "record",
     "tokens",
@@ -84,6 +88,7 @@ __all__ = [
     "FluxTransformer2DModel",
     "ModelMixin",
     "PixArtTransformer2DModel",
+    "QALoraConfig",
     "Report",
     "SD3Transformer2DModel",
     "SaraConfig",

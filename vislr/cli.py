@@ -26,6 +26,7 @@ VERBS = {
     "convert": ("vislr.pipelines.convert", "an adapter file in another tool's format"),
     "doctor": ("vislr.pipelines.doctor", "what is in an adapter file, and what each tool will do with it"),
     "merge": ("vislr.pipelines.merge", "adapter files: several into one, another rank, one out of two checkpoints"),
+    "demo": ("vislr.demos.app", "the studio: a page in the browser to try, compare and merge adapters"),
     "zoo": ("vislr.pipelines.zoo", "the embedded images and pipelines: list, export, check"),
 }
 

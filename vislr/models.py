@@ -49,7 +49,8 @@ class _Planned:
         where = "/".join(str(part) for part in (pretrained_model_name_or_path, kwargs.get("subfolder")) if part)
         kwargs |= {"output_loading_info": True, _GUARDED: True}
         try:
-            model, info = super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+            loader = cls if kwargs.get("low_cpu_mem_usage") is False else _exact_scales(cls)  # type: ignore[arg-type]
+            model, info = super(_Planned, loader).from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
         except (ValueError, RuntimeError) as error:
             if "expected shape" in str(error) or "size mismatch" in str(error):
                 raise FormatError(f"the weights in '{where}' do not fit the plan in their config: {error}") from error
@@ -60,6 +61,7 @@ class _Planned:
                     f"the weights in '{where}' do not fit the plan in their config: they {words} "
                     f"'{min(keys)}' ({len(keys)} such tensors)"
                 )
+        model.__class__ = cls
         _open_guard(model)
         _align(model)
         return (model, info) if wanted else model
@@ -103,6 +105,13 @@ class _Planned:
         if any(".base_layer." in key for key in self.state_dict()):  # type: ignore[attr-defined]
             raise ModelError("adapters are on the model; save it with vislr.save, which writes them beside it")
         return super(_Planned, _guarded_twin(self)).save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+
+
+@functools.cache
+def _exact_scales(cls: type) -> type:
+    """The class as diffusers' low-memory loader reads it, which would cast the scales of quantised layers."""
+    kept = [*(cls._keep_in_fp32_modules or ()), "weight_scale", "input_scale"]  # type: ignore[attr-defined]
+    return type(cls.__name__, (cls,), {"__module__": cls.__module__, "_keep_in_fp32_modules": kept})
 
 
 @functools.cache

@@ -53,6 +53,7 @@ def record_of(module: nn.Module) -> list[Entry]:
 
 
 def _from_config(module: Any) -> list[Entry]:
+    from vislr.core.quantizing import parameter_count
     from vislr.models import KEY, read_entry
 
     config = module.config if hasattr(module, "register_to_config") else {}
@@ -60,9 +61,9 @@ def _from_config(module: Any) -> list[Entry]:
     for stored in config.get(KEY) or ():
         kind, name, plan = read_entry(stored)
         change = {"kind": kind.name, "plan": plan.to_dict()}
-        total, count = getattr(plan, "total", None), sum(p.numel() for p in module.parameters())
+        total, count = getattr(plan, "total", None), parameter_count(module)
         before = total if total is not None and getattr(plan, "budget", "") == "parameters" else count
-        sites = tuple(getattr(plan, "removed", ()))
+        sites = tuple(getattr(plan, "removed", ()) or getattr(plan, "layers", ()))
         report = Report(
             kind.name, name, plan.component, sites, (before, count), 0, notes=("loaded with the model",),
             index=next(_order),
@@ -110,10 +111,6 @@ def entries_of(target: Any) -> list[Entry]:
     return sorted(found, key=lambda entry: entry.report.index)
 
 
-def _parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
 def _flops(module: nn.Module) -> tuple[int | None, dict | None, str]:
     """FLOPs at the model's own size; a model that no reader knows is counted by parameters alone."""
     from vislr.anatomy import flops, sample_of
@@ -145,7 +142,8 @@ def apply(target: Any, change: Any, *, name: str = "default", undo: bool = True,
         AdapterError, ModelError: it does not fit. In every case the model is as it was.
     """
     handler = registry.handler_of(registry.kind_of(change))
-    report = put_on(target, change, name, handler.attach, undo)
+    attach = handler.attach_to(target) if hasattr(handler, "attach_to") else handler.attach
+    report = put_on(target, change, name, attach, undo)
     timing = getattr(handler, "timing", None)
     if measure and timing is not None:
         module = component_of(target, change)[1]
@@ -165,11 +163,13 @@ def add_notes(target: Any, report: Report, notes: Iterable[str]) -> Report:
 
 def put_on(target: Any, change: Any, name: str, attach: Callable[..., Attached], undo: bool = True) -> Report:
     """Count, let `attach(module, change, name)` work, count again, record."""
+    from vislr.core.quantizing import parameter_count
+
     kind = registry.kind_of(change)
     component, module = component_of(target, change)
     if kind.structural:
         _check_structural(module)
-    parameters = _parameters(module)
+    parameters = parameter_count(module)
     flops_before, sample, note = _flops(module)
     attached = attach(module, change, name)
     counted = attached.flops
@@ -181,7 +181,7 @@ def put_on(target: Any, change: Any, name: str, attach: Callable[..., Attached],
         name=name,
         component=component,
         sites=attached.sites,
-        parameters=(parameters, _parameters(module)),
+        parameters=(parameters, parameter_count(module)),
         trainable=sum(p.numel() for p in module.parameters() if p.requires_grad),
         flops=counted,
         sample=sample if counted else None,

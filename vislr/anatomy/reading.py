@@ -12,6 +12,7 @@ from vislr.anatomy.cost import Counts, count, denoiser_of, meta_copy, sample_inp
 from vislr.anatomy.families import Layout, reader_of
 from vislr.anatomy.site import LEAVES, Anatomy, Site
 from vislr.anatomy.wrapping import original, unwrapped, walk
+from vislr.core.quantizing import parameter_count
 
 
 def describe(target: Any, sample: dict[str, int] | None = None) -> Anatomy:
@@ -38,7 +39,7 @@ def describe(target: Any, sample: dict[str, int] | None = None) -> Anatomy:
         family=reader.family,
         sites=_sites(twin, layout, counts),
         sample=sample,
-        parameters=sum(p.numel() for p in twin.parameters()),
+        parameters=parameter_count(twin),
         flops=counts.total,
     )
 
@@ -66,7 +67,7 @@ def _sites(model: nn.Module, layout: Layout, counts: Counts) -> tuple[Site, ...]
                 stage=stages.of(name),
                 depth=depth,
                 shape=_shape(layer),
-                parameters=sum(p.numel() for p in modules[name].parameters()),
+                parameters=parameter_count(modules[name]),
                 flops=counts.flops.get(modules[name], 0),
                 removable=kinds[name] not in LEAVES and layout.units.get(name, False),
             )

@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vislr.core.errors import OutputError
+from vislr.core.errors import FormatError, OutputError
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
 
 # What the operating system says when writing itself fails; other errors of the body pass through.
@@ -114,6 +115,37 @@ def write_tensors(
     stored = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     with atomic_path(path) as temporary:
         save_file(stored, str(temporary), metadata={"format": "pt", **(metadata or {})})
+
+
+def write_picture(path: str | os.PathLike, image: Image.Image, made: Mapping[str, Any]) -> None:
+    """Write a PNG that says how it was made: text chunk `vislr`, a JSON object of `made` and the version."""
+    from PIL.PngImagePlugin import PngInfo
+
+    from vislr.core.versions import versions_of
+
+    info, version = PngInfo(), versions_of("vislr").get("vislr", "unknown")
+    info.add_text("vislr", json.dumps({"version": version, **made}, ensure_ascii=False))
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="png", pnginfo=info)
+
+
+def read_picture(path: str | os.PathLike) -> dict[str, Any]:
+    """What `write_picture` noted in a PNG; a picture without a note gives {}.
+
+    Raises:
+        FormatError: no PNG, or its note is damaged.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            text = dict(getattr(image, "text", {})).get("vislr", "{}")
+        made = json.loads(text)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise FormatError(f"'{path}' is no PNG that can be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(made, dict):
+        raise FormatError(f"'{path}': its note 'vislr' is no JSON object")
+    return made
 
 
 def check_output(path: str | os.PathLike, needed: int = 0) -> Path:

@@ -4,6 +4,8 @@ A handler is a module with two functions::
 
     attach(module, change, name) -> Attached     # changes the module; all or nothing
     detach(module, attached) -> None             # exact, or UndoError
+
+and, where the change needs the pipeline beside its denoiser, `attach_to(target)`, which gives the `attach`.
 """
 
 from __future__ import annotations
@@ -66,14 +68,22 @@ _KINDS = {
              "sparse tuning in place of the entries nearest to zero (SaRA)"),
         Kind("adabn", "vislr.adapters.adabn:AdaBnConfig", "vislr.adapters.inject", False,
              "BatchNorm statistics of a target's images (AdaBN)"),
+        Kind("qalora", "vislr.adapters.qalora:QALoraConfig", "vislr.adapters.inject", False,
+             "low-rank updates merged before quantising, and step sizes (EfficientDM)"),
         Kind("tokens", "vislr.tokens.plan:TokenPlan", "vislr.tokens.handler", False,
              "fewer tokens between places in a backbone (AT-EDM, ToMe)"),
+        Kind("cache", "vislr.cache.plan:CachePlan", "vislr.cache.handler", False,
+             "features used again in later denoising steps (DeepCache, Block Caching)"),
+        Kind("compose", "vislr.compose.plan:ComposePlan", "vislr.compose.handler", False,
+             "several adapters in one image (merge, Switch, Composite, CMLoRA)"),
         Kind("file", "vislr.formats.live:FileChange", "vislr.formats.live", False,
              "an adapter out of a file of another tool"),
         Kind("peft", "peft:PeftConfig", "vislr.adapters.inject", False,
              "any adapter config of peft: LoRA, DoRA, LoHa, LoKr, OFT, ..."),
         Kind("layers", "vislr.prune.plan:LayerPlan", "vislr.prune.removal", True,
              "removal of residual units (LAPTOP-Diff, HierarchicalPrune)"),
+        Kind("quant", "vislr.quantize.plan:QuantPlan", "vislr.quantize.handler", True,
+             "weights and inputs of linears and convs as integers (EfficientDM, NF4)"),
     )
 }  # fmt: skip
 

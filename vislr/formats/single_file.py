@@ -2,8 +2,8 @@
 
 The state of diffusers' UNet (SD 1, 2, XL), SD3 and FLUX under the names of the releases: convolutions
 and linears renamed, q, k and v (FLUX's single blocks: and the MLP's first layer) joined in one matrix,
-shift before scale in the last modulation. ComfyUI reads numbers of blocks from the keys, so a model
-with fewer blocks loads as it is.
+shift before scale in the last modulation. ComfyUI reads FLUX's numbers of blocks and those of a UNet from
+the keys; what it does not is refused in `vislr.exporting`.
 """
 
 from __future__ import annotations
