@@ -93,7 +93,7 @@ def test_a_divided_base_trains_the_same_adapter(pictures, tmp_path):
         for step, value in read_json(tmp_path / "runshard" / "seen-0.json")["held_out"]["drift"]
     ]
     # The file knows its base, and goes on a whole one.
-    vislr.load_adapter(pipe, tmp_path / "runshard" / "adapter-0.safetensors")
+    vislr.load_adapter(pipe, tmp_path / "runshard" / "adapter-0.safetensors", name="default")
     loaded = {name: value for name, value in pipe.unet.named_parameters() if name in shard}
     assert loaded.keys() == shard.keys()
     assert all(torch.equal(value, shard[name]) for name, value in loaded.items())
