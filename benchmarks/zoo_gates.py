@@ -12,6 +12,7 @@ cores; needs the extra `measure`.
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,17 @@ def sheet(rows: list[list[Any]]) -> Image.Image:
     return made.resize((made.width * 2, made.height * 2), Image.Resampling.NEAREST)
 
 
+def loss_curve(losses: list[list[float]], path: Path) -> None:
+    """Training loss against steps, as a picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4, 2.4), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(*zip(*losses, strict=True), linewidth=1)
+    axes.set(xlabel="step", ylabel="loss, mean of 200 steps", ylim=(None, losses[len(losses) // 20][1]))
+    figure.savefig(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pipeline", choices=("emoji-unet", "emoji-mmdit"))
@@ -127,6 +139,9 @@ def main() -> None:
     figures["scene subjects"] = element_retrieval(judge, drawn, scenes)
     figures["scene subjects ceiling"] = element_retrieval(judge, reconstructions(pipe.vae, scenes), scenes)
     sheet([[*scenes[:16]], [*drawn[:16]]]).save(a.sheets / f"{a.pipeline}-scenes.png")
+    if a.training:
+        losses = json.loads((a.training / f"{a.pipeline.removeprefix('emoji-')}-state" / "state.json").read_text())
+        loss_curve(losses["losses"], a.sheets / f"{a.pipeline}-loss.png")
     log = "\n".join(f"{name}: {figure}" for name, figure in figures.items()) + "\n"
     print(log, end="")
     command = f"python benchmarks/zoo_gates.py {a.pipeline}"

@@ -14,7 +14,7 @@ from vislr.core.arguments import parse_config
 from vislr.core.errors import ConfigError
 from vislr.zoo import architectures, checkpoints, retraining
 from vislr.zoo.emoji_net import EmojiNet, EmojiNetConfig, Judge, tokenise
-from vislr.zoo.freezing import freeze
+from vislr.zoo.freezing import freeze, note_gates
 from vislr.zoo.retraining import RetrainConfig, Run, learning_rate, retrain
 
 STAGES = ("vae", "unet", "mmdit", "net", "vit", "conv")
@@ -161,3 +161,21 @@ def test_the_judge_prefers_what_it_learned():
     scores = judge.images(pictures) @ judge.texts(captions).T
     assert scores.argmax(1).tolist() == [0, 1, 2, 3]
     assert torch.allclose(judge.alignment(pictures, captions), scores.diagonal(), atol=1e-6)
+
+
+def test_figures_of_a_record_go_into_the_card_and_its_page(trained, tmp_path):
+    _, folder = trained
+    place = shutil.copytree(folder / "emoji-net", tmp_path / "emoji-net")
+    record = tmp_path / "2026-01-01-gates"
+    record.mkdir()
+    figure = {"value": 0.123456, "interval": [0.1, 0.2]}
+    (record / "record.json").write_text(json.dumps({"measurements": {"top-1": figure}}))
+    note_gates(place, record)
+    card = json.loads((place / "card.json").read_text())
+    assert card["gates"] == {"top-1": [0.1235, 0.1, 0.2]}
+    assert card["record"] == "2026-01-01-gates"
+    page = (place / "README.md").read_text()
+    assert "| top-1 | 0.1235 | 0.1 to 0.2 |" in page
+    assert "Microsoft" in page, "the net has seen Fluent Emoji"
+    assert "Microsoft" not in (folder / "emoji-vit" / "README.md").read_text()
+    assert card["weights"]["model.safetensors"][:16] in page
