@@ -62,6 +62,11 @@ def _list() -> None:
         folder = zoo.pipeline_folder(name)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         print(f"  {name:<11} {size / 1e6:.1f} MB  {folder}")
+    others = {name: card for name, card in zoo.cards().items() if name not in zoo.pipeline_names()}
+    if others:
+        print("other models")
+    for name, card in others.items():
+        print(f"  {name:<11} {card['about']}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

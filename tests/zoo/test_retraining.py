@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from vislr import zoo
 from vislr.core.arguments import parse_config
-from vislr.core.errors import ConfigError
+from vislr.core.errors import ConfigError, ModelError
 from vislr.zoo import architectures, checkpoints, retraining
 from vislr.zoo.emoji_net import EmojiNet, EmojiNetConfig, Judge, tokenise
 from vislr.zoo.freezing import freeze, note_gates
@@ -118,10 +118,19 @@ def test_classifiers_are_stock_timm_folders(trained):
 
     _, folder = trained
     for stage in ("vit", "conv"):
-        net = timm.create_model(f"local-dir:{folder / f'emoji-{stage}'}", pretrained=True)
+        net = timm.create_model(f"local-dir:{folder / f'emoji-{stage}'}", pretrained=True).eval()
+        own = zoo.classifier(f"emoji-{stage}")
+        x = torch.randn(2, 3, 64, 64)
+        assert torch.equal(net(x), own(x))
+        assert len(own.pretrained_cfg["label_names"]) == own.num_classes
         stored = load_file(folder / f"emoji-{stage}" / "model.safetensors")
         assert all(torch.equal(v.half(), stored[k]) for k, v in net.state_dict().items() if v.is_floating_point())
         assert net(torch.zeros(1, 3, 64, 64)).shape == (1, net.num_classes)
+
+
+def test_an_unknown_classifier_is_refused(trained):
+    with pytest.raises(ModelError, match="no embedded classifier is called 'emoji-vitt'; did you mean 'emoji-vit'"):
+        zoo.classifier("emoji-vitt")
 
 
 def test_verify_names_a_changed_file(trained, tmp_path, monkeypatch):

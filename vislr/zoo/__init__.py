@@ -1,6 +1,6 @@
 """The embedded images, scenes composed of them, and the embedded pipelines: small and real."""
 
-from vislr.zoo.checkpoints import cards, pipeline, pipeline_folder, pipeline_names, verify
+from vislr.zoo.checkpoints import cards, classifier, pipeline, pipeline_folder, pipeline_names, verify
 from vislr.zoo.composing import Scene, export_scenes, scene, scenes
 from vislr.zoo.emoji import PROCEDURAL_STYLES, SPLITS, STYLES, Picture, export, images
 
@@ -11,6 +11,7 @@ __all__ = [
     "Picture",
     "Scene",
     "cards",
+    "classifier",
     "export",
     "export_scenes",
     "images",

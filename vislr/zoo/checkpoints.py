@@ -82,6 +82,25 @@ def _sixteen_tokens() -> Any:
     return type("StableDiffusion3Pipeline", (Stock,), body)
 
 
+def classifier(name: str) -> Any:
+    """An embedded timm classifier of the pictures' categories, in evaluation mode.
+
+    Pixels are (n, 3, 64, 64) in [-1, 1]; the order of the categories is in its `pretrained_cfg["label_names"]`.
+
+    Args:
+        name: "emoji-vit" (a ViT) or "emoji-conv" (a ResNet with BatchNorm).
+
+    Raises:
+        ModelError: no such classifier is embedded.
+    """
+    import timm
+
+    names = sorted(file.parent.name for file in WEIGHTS.glob("*/config.json") if "architecture" in file.read_text())
+    if name not in names:
+        raise ModelError(f"no embedded classifier is called '{name}'{hint(name, names)}")
+    return timm.create_model(f"local-dir:{WEIGHTS / name}", pretrained=True).eval()
+
+
 def cards() -> dict[str, dict[str, Any]]:
     """The card of every embedded model by name: what it is, hashes of its weights, how it was trained, its gates."""
     return {file.parent.name: json.loads(file.read_text()) for file in sorted(WEIGHTS.glob("*/card.json"))}
