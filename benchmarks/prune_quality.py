@@ -98,8 +98,9 @@ class Bench:
         if not folder.is_dir():
             zoo.export(folder, some([picture for picture in known if picture.name not in taken], a.pictures))
         self.net = measure.feature_net()
-        # Minutes of work that grids of other models and the subset share.
-        others = [picture for picture in zoo.images() if picture.style != STYLE]
+        # Minutes of work that the grids of all models share; a subset looks at its own concepts alone.
+        shown = {picture.name for picture in (*self.judged, *self.scored)}
+        others = [p for p in zoo.images() if p.style != STYLE and (p.name in shown or not a.subset)]
         self.gallery = measure.prototypes(others, cache=self.out.parent / "prototypes", net=self.net)
         self.reference = self.net.features(some(reference, 4 * a.count))
         self.folder, pictures = folder, ImageFolder.with_captions(folder)
@@ -290,12 +291,17 @@ class Bench:
         self.whole(**batch)[0].square().mean().backward()
         training = time.perf_counter() - began
         self.whole.zero_grad(set_to_none=True)
-        a = self.a
-        judging = 2.2 * a.steps * math.ceil(a.count / a.batch) * forward + 2 * len(self.tests) * forward
+        a, began = self.a, time.perf_counter()
+        few = [picture.caption for picture in self.judged[: a.batch]]
+        self.net.features(
+            sample_images(self.pipe, few, [0] * len(few), steps=a.steps, guidance=a.guidance, batch=a.batch)
+        )
+        pictures = (time.perf_counter() - began) / len(few)
+        judging = a.count * pictures + 2 * len(self.tests) * forward
         left = [name for name in self.first_cells() if not self.path(name).is_file()]
         recoveries = sum(4 if seed == 0 else 3 for own in self.recovered.values() for seed in own)
         recoveries -= len(list((self.out / "cells").glob("after-*")))
-        scoring = (len(self.inventory.units) + 1) * 2.2 * a.steps * math.ceil(a.prompts / a.batch) * forward
+        scoring = (len(self.inventory.units) + 1) * a.prompts * pictures
         seconds = len(left) * judging + scoring + recoveries * (a.recovery_steps * (training + forward) + judging)
         return (
             f"{len(left)} cells before recovery and {recoveries} after it are left: about {seconds / 60:.0f} min of "
@@ -315,11 +321,14 @@ def draw(bench: Bench, figures: dict[str, Measurement], path: Path) -> None:
             keys = {ratio: f"before-{name}-{ratio} {what}" for ratio in bench.ratios}
             line = [(100 * ratio, figures[key]) for ratio, key in keys.items() if key in figures]
             if line:
-                axis.plot(
-                    [x for x, _ in line], [one.value for _, one in line], color=f"C{number}", label=name, marker="."
-                )
-                low, high = ([one.interval[end] if one.interval else one.value for _, one in line] for end in (0, 1))
-                axis.fill_between([x for x, _ in line], low, high, color=f"C{number}", alpha=0.08, linewidth=0)
+                y = [one.value for _, one in line]
+                ends = [one.interval or (one.value, one.value) for _, one in line]
+                # A bootstrap's interval need not hold the figure itself.
+                errors = [[max(0.0, at - low) for at, (low, _) in zip(y, ends, strict=True)],
+                          [max(0.0, high - at) for at, (_, high) in zip(y, ends, strict=True)]]  # fmt: skip
+                # Side by side, so that the bars do not hide one another.
+                x = [at + 0.35 * (number - len(bench.names) / 2) for at, _ in line]
+                axis.errorbar(x, y, yerr=errors, color=f"C{number}", label=name, marker=".", elinewidth=0.6)
             for ratio, seeds in bench.recovered.items():
                 done = [figures.get(f"after-{name}-{ratio}-seed{seed} {what}") for seed in seeds]
                 values = [one.value for one in done if one is not None]
@@ -329,7 +338,10 @@ def draw(bench: Bench, figures: dict[str, Measurement], path: Path) -> None:
             axis.axhline(figures[f"whole {what}"].value, color="0.5", linestyle=":")
         axis.set(xlabel="% of the parameters removed", ylabel=what)
         axis.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=7, title="line: before recovery, star: after", title_fontsize=7)
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=10, fontsize=8, frameon=False,
+        title="line: before recovery, with 95 % intervals; star: after it", title_fontsize=8,
+    )  # fmt: skip
     figure.savefig(path, dpi=120)
 
 

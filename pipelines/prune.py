@@ -250,6 +250,11 @@ def _plan(config: PruneConfig, pipe: Any, inventory: Inventory, folder: Path, ac
             raise ConfigError(f"plan.file '{given}' cannot be read: {error}") from error
     else:
         plan, inventory = _make_plan(config, pipe, inventory, folder, accelerator)
+        if accelerator.num_processes > 1:
+            from accelerate.utils import broadcast_object_list
+
+            # Latencies differ from process to process; what is removed must not.
+            plan = LayerPlan.from_dict(broadcast_object_list([plan.to_dict()])[0])
     if accelerator.is_main_process:
         write_json(folder / "plan.json", plan.to_dict())
         draw_plan(plan, inventory, folder / "plan.png")

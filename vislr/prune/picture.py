@@ -42,7 +42,10 @@ def draw_plan(plan: LayerPlan, inventory: Inventory, path: str | os.PathLike) ->
     if plan.saved is not None and plan.total:
         what += f", {plan.saved / plan.total:.1%} of the {budget}"
     above.set_title(f"{plan.criterion or 'plan'} on {plan.architecture}: {what}", loc="left", fontsize=10)
-    above.legend(handles=[Patch(color=_GONE, label="removed"), Patch(color=_KEPT, label="stays")], fontsize=8)
+    above.legend(
+        handles=[Patch(color=_GONE, label="removed"), Patch(color=_KEPT, label="stays")], fontsize=8, ncols=2,
+        frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2,
+    )  # fmt: skip
     total = getattr(inventory, budget) or 1
     below.bar(places, [100 * getattr(unit, budget) / total for unit in units], color=colours)
     below.set_ylabel(f"% of the {budget}")
@@ -55,6 +58,8 @@ def draw_plan(plan: LayerPlan, inventory: Inventory, path: str | os.PathLike) ->
 
 def draw_additivity(report: Additivity, path: str | os.PathLike) -> None:
     """One PNG: joint loss over summed loss of every subset, the diagonal, and the fitted slope."""
+    from matplotlib.ticker import NullFormatter
+
     figure = _figure((5.6, 5.0))
     axis = figure.subplots()
     shares, sums, joint = zip(*report.points, strict=True)
@@ -68,6 +73,9 @@ def draw_additivity(report: Additivity, path: str | os.PathLike) -> None:
         xscale="log", yscale="log", xlabel="sum of one-unit output losses", ylabel="output loss of the joint removal"
     )
     axis.set_title(f"Pearson r = {report.pearson.value:.3f}, {len(report.points)} subsets", loc="left", fontsize=10)
+    for one in (axis.xaxis, axis.yaxis):
+        # Within one decade matplotlib also names the ticks between, on top of one another.
+        one.set_minor_formatter(NullFormatter())
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
     _save(figure, path)
