@@ -77,9 +77,7 @@ def attach_to(target: Any) -> Callable[..., Attached]:
     return attach_there
 
 
-def attach(
-    module: Any, change: CachePlan, name: str = "cache", scheduler: Callable[[], Any] | None = None
-) -> Attached:
+def attach(module: Any, change: CachePlan, name: str = "cache", scheduler: Callable[[], Any] | None = None) -> Attached:
     """Put a cache plan on a denoiser. No weight, buffer or class is touched.
 
     Args:
@@ -94,12 +92,17 @@ def attach(
     """
     module = unwrapped(module)
     hooked = put_hooks(module, change, scheduler)
-    dense, average = plan_flops(module, change)
+    try:
+        dense, average = plan_flops(module, change)
+    except BaseException:
+        take_hooks(module, hooked)
+        raise
     shares = [len(region.refresh.steps(change.steps)) for region in change.regions]
+    region = change.regions[0]
+    what = f"'{region.first}' to '{region.last}'" if len(shares) == 1 else f"{len(shares)} regions"
+    times = str(shares[0]) if len(set(shares)) == 1 else f"{min(shares)} to {max(shares)}"
     notes = (
-        f"{len(change.regions)} regions, computed in {min(shares)} to {max(shares)} of {change.steps} steps"
-        if len(shares) > 1
-        else f"'{change.regions[0].first}' to '{change.regions[0].last}' computed in {shares[0]} of {change.steps} steps",
+        f"{what} computed in {times} of {change.steps} steps",
         f"{average / dense:.1%} of the FLOPs, on average over a run of {change.steps} steps",
     )
     return Attached(hooked, {"kind": "cache", "plan": change.to_dict()}, {"hooked": hooked}, notes, (dense, average))
@@ -138,7 +141,9 @@ def hooks_for(module: Any, plan: CachePlan, state: CacheState) -> dict[str, Any]
         if hook_of(part, HOOK_NAME) is not None:
             raise ConfigError(f"'{name}' is cached by something else already; remove that first")
         if hook_of(part, _TOKENS) is not None:
-            raise ConfigError(f"a token plan works in '{name}', which would not run in cached steps; remove one of them")
+            raise ConfigError(
+                f"a token plan works in '{name}', which would not run in cached steps; remove one of them"
+            )
     return hooks
 
 

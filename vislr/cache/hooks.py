@@ -112,10 +112,10 @@ class StretchHook(ModelHook):
         if self.last:
             left = output if self.form else (output,)
             entered = stretch.entered
-            self.adds = all(
-                one is None or one.shape == other.shape for one, other in zip(left, entered, strict=True)
+            self.adds = all(one is None or one.shape == other.shape for one, other in zip(left, entered, strict=True))
+            state.put(
+                stretch.region, tuple(_minus(one, other, self.adds) for one, other in zip(left, entered, strict=True))
             )
-            state.put(stretch.region, tuple(_minus(one, other, self.adds) for one, other in zip(left, entered, strict=True)))
             stretch.entered = ()
         return output
 

@@ -55,7 +55,9 @@ class Refresh:
     @property
     def always(self) -> bool:
         """Whether every step of every run is in it: nothing is used again."""
-        return self.every == 1 or (self.edges == 1 and self.middle == 1) or (self.of > 0 and len(self.chosen) == self.of)
+        return (
+            self.every == 1 or (self.edges == 1 and self.middle == 1) or (self.of > 0 and len(self.chosen) == self.of)
+        )
 
 
 @dataclass(frozen=True)

@@ -10,20 +10,34 @@ from vislr.compose.building import (
     w_composite_plan,
     w_switch_plan,
 )
-from vislr.compose.cost import Cost
+from vislr.compose.costing import Cost
 from vislr.compose.fourier import high_share
 from vislr.compose.handler import composed, cost
+from vislr.compose.overlaps import Conflicts, LayerConflict, PairConflict, conflict_picture, conflicts
 from vislr.compose.plan import METHODS, ComposePlan, Dominance, LayerWeights, Merging, Switching
+from vislr.compose.profiles import (
+    Profile,
+    profile_adapters,
+    profile_path,
+    profile_picture,
+    read_profile,
+    split_profiles,
+    write_profile,
+)
 from vislr.compose.prompts import PromptWeights, prompt_weights
 from vislr.compose.schedule import Turn, turns
 
 __all__ = [
     "METHODS",
     "ComposePlan",
+    "Conflicts",
     "Cost",
     "Dominance",
+    "LayerConflict",
     "LayerWeights",
     "Merging",
+    "PairConflict",
+    "Profile",
     "PromptWeights",
     "Switching",
     "Turn",
@@ -31,13 +45,21 @@ __all__ = [
     "compose_plan",
     "composed",
     "composite_plan",
+    "conflict_picture",
+    "conflicts",
     "cost",
     "high_share",
     "merge_plan",
     "options_of",
+    "profile_adapters",
+    "profile_path",
+    "profile_picture",
     "prompt_weights",
+    "read_profile",
+    "split_profiles",
     "switch_plan",
     "turns",
     "w_composite_plan",
     "w_switch_plan",
+    "write_profile",
 ]

@@ -80,7 +80,12 @@ def merge_plan(
     names = _checked(pipe, adapters)
     special = tuple(LayerWeights(pattern, tuple(map(float, own))) for pattern, own in (layers or {}).items())
     return ComposePlan(
-        names, _weights(weights), method, _texts(text_adapters), merging=Merging(density, rank, seed, special), steps=steps
+        names,
+        _weights(weights),
+        method,
+        _texts(text_adapters),
+        merging=Merging(density, rank, seed, special),
+        steps=steps,
     )
 
 

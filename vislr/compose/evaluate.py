@@ -106,7 +106,14 @@ class ComposeHook(ModelHook):
         return mixed([outputs[place] for place in running], [turn.mix[place] for place in running])
 
     def _group(
-        self, module: nn.Module, forward: Any, group: tuple[int, ...], reuse: bool, factor: float, args: tuple, kwargs: Any
+        self,
+        module: nn.Module,
+        forward: Any,
+        group: tuple[int, ...],
+        reuse: bool,
+        factor: float,
+        args: tuple,
+        kwargs: Any,
     ) -> dict[int, Any]:
         """place -> output of each adapter of a group, all of them whole or all from their caches."""
         names = [(self.plan.adapters[place],) for place in group]

@@ -66,7 +66,7 @@ def unpacked(tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """FLUX's tokens (B, h w / 4, 4 C) as a latent (B, C, h, w); ids (tokens, 3) hold row and column."""
     ids = ids[0] if ids.dim() == 3 else ids
     rows, columns = (int(ids[:, axis].max() - ids[:, axis].min()) + 1 for axis in (1, 2))
-    batch, count, depth = tokens.shape
+    batch, _, depth = tokens.shape
     # Edited pictures come behind the latent, in the same sequence.
     grid = tokens[:, : rows * columns].reshape(batch, rows, columns, depth // 4, 2, 2)
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(batch, depth // 4, 2 * rows, 2 * columns)

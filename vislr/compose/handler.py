@@ -18,7 +18,7 @@ from vislr.cache.hooks import HOOK_NAME as CACHE_HOOK
 from vislr.cache.plan import CachePlan
 from vislr.cache.regions import region_at
 from vislr.cache.state import CacheState
-from vislr.compose.cost import Cost, plan_cost
+from vislr.compose.costing import Cost, plan_cost
 from vislr.compose.evaluate import OWNER, ComposeHook, Conductor, check_adapters, compose_hook
 from vislr.compose.merged import merged_changes
 from vislr.compose.plan import MERGED, MIXED, ComposePlan
@@ -117,7 +117,7 @@ def put_plan(module: Any, plan: ComposePlan, target: Any = None) -> None:
     route = Route()
     context = step_context(module, OWNER)
     conductor = Conductor(plan, Clock(scheduler_of(target), plan.steps), context, state)
-    conductor.channels = _channels(module)
+    conductor.channels = channels_of(module)
     tokens = applied(module)
     # Masks that the two halves of a guided batch share would be shared by other halves.
     shared = tokens is not None and tokens.plan.guidance == "shared"
@@ -154,7 +154,8 @@ def _caches(module: Any, plan: ComposePlan) -> tuple[CacheState | None, dict[str
     return state, hooks_for(module, CachePlan((region,), plan.steps), state)
 
 
-def _channels(module: Any) -> int:
+def channels_of(module: Any) -> int:
+    """Channels of the latent itself that a denoiser gets."""
     config = module.config
     made = getattr(config, "out_channels", None) or config.in_channels
     # FLUX packs 2 x 2 latents; PixArt also predicts a variance; inpainting gets mask and picture.

@@ -13,7 +13,7 @@ from torch import nn
 from torch.func import functional_call
 
 from vislr.adapters.geometry import geometry_of
-from vislr.compose.deltas import Delta, deltas
+from vislr.compose.live import Delta, deltas
 from vislr.compose.plan import ComposePlan
 from vislr.core.errors import TargetError, hint
 from vislr.core.merging import LowRank, low_rank_of, low_rank_sum, merge_deltas, resized

@@ -160,7 +160,9 @@ class ComposePlan:
         if not self.weights:
             object.__setattr__(self, "weights", (1.0,) * len(names))
         if len(self.weights) != len(names) or not all(math.isfinite(weight) for weight in self.weights):
-            raise ConfigError(f"{len(names)} adapters and weights {list(self.weights)}; expected as many finite numbers")
+            raise ConfigError(
+                f"{len(names)} adapters and weights {list(self.weights)}; expected as many finite numbers"
+            )
         for what, value, choices in (
             ("method", self.method, tuple(METHODS)),
             ("passes", self.passes, PASSES),
@@ -184,7 +186,9 @@ class ComposePlan:
             raise ConfigError(f"density {merging.density}, rank {merging.rank}; expected in (0, 1], and 1 or more")
         for layer in merging.layers:
             if len(layer.weights) != len(self.adapters):
-                raise ConfigError(f"'{layer.pattern}' has {len(layer.weights)} weights for {len(self.adapters)} adapters")
+                raise ConfigError(
+                    f"'{layer.pattern}' has {len(layer.weights)} weights for {len(self.adapters)} adapters"
+                )
         if merging.layers and self.method not in ("merge", *MERGED):
             raise ConfigError(f"weights by layer are of merging; the method is '{self.method}'")
 
@@ -202,7 +206,9 @@ class ComposePlan:
         if self.mix and (len(self.mix) != count or not _one(self.mix)):
             raise ConfigError(f"mix is {list(self.mix)}; expected {count} coefficients that sum to 1")
         if self.method == "cmlora" and sorted((*lead.high, *lead.low)) != sorted(self.adapters):
-            raise ConfigError(f"high {list(lead.high)} and low {list(lead.low)} are not {list(self.adapters)}, each once")
+            raise ConfigError(
+                f"high {list(lead.high)} and low {list(lead.low)} are not {list(self.adapters)}, each once"
+            )
         if self.method == "cmlora" and not lead.high:
             raise ConfigError("no adapter leads in the high phase; expected at least one in 'high'")
         if not 0 <= lead.boundary <= 1 or not 0 <= lead.eta <= 1:
@@ -211,7 +217,7 @@ class ComposePlan:
             raise ConfigError(f"beta is {lead.beta}; expected above 0")
         if self.cache is not None and self.method not in MIXED:
             raise ConfigError(
-                f"'{self.method}' runs one forward a step; cache it by a cache plan (vislr.cache) beside the composition"
+                f"'{self.method}' runs one forward a step; put a cache plan (vislr.cache) beside the composition"
             )
 
     @property

@@ -19,7 +19,7 @@ from vislr.adapters.inject import plain_name, tuner_layers, unit_scale
 from vislr.adapters.layer import chain
 from vislr.adapters.sara_layer import SaraLayer
 from vislr.adapters.targets import innermost
-from vislr.compose.deltas import is_additive
+from vislr.compose.live import is_additive
 from vislr.compose.merged import Change, layer_weights
 from vislr.compose.plan import ComposePlan
 from vislr.core.hooks import hook_of, put_on, take_off
@@ -138,15 +138,14 @@ def _base_weights(layer: Any) -> Iterator[None]:
 
 def _added(layer: Any, name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
     if isinstance(layer, LoraLayer):
-        down, up = layer.lora_A[name], layer.lora_B[name]
+        down: Any = layer.lora_A[name]
+        up: Any = layer.lora_B[name]
         x = layer._cast_input_dtype(x, down.weight.dtype)
         return (result + up(down(x)) * layer.scaling[name]).to(result.dtype)
     return layer.added(name, x, result)
 
 
-def put_layer_hooks(
-    module: nn.Module, plan: ComposePlan, route: Route, changes: dict[str, Change]
-) -> None:
+def put_layer_hooks(module: nn.Module, plan: ComposePlan, route: Route, changes: dict[str, Change]) -> None:
     """Put the hook on every tuner layer that has none yet; adapters outside the plan are off there, too."""
     seen: set[str] = set()
     for path, layer in tuner_layers(module):
@@ -155,7 +154,9 @@ def put_layer_hooks(
         seen.add(site)
         if hook_of(layer, HOOK_NAME) is not None:
             continue
-        weights = layer_weights(plan, site) if plan.merging.layers else dict(zip(plan.adapters, plan.weights, strict=True))
+        weights = (
+            layer_weights(plan, site) if plan.merging.layers else dict(zip(plan.adapters, plan.weights, strict=True))
+        )
         scalings = {name: _scaling(layer, name, weights[name]) for name in plan.adapters
                     if name in layer._get_available_adapters()}  # fmt: skip
         put_on(layer, LayerHook(route, scalings, changes.get(site) if outermost else None), HOOK_NAME)

@@ -171,5 +171,5 @@ def turns(plan: ComposePlan, total: int, shares: Iterable[float] | None = None) 
         shares: of an online lead, the latent's high-frequency share at each step; None: always high.
     """
     program = Program(plan, total)
-    values = list(shares) if shares is not None else [None] * total  # type: ignore[list-item]
+    values: list[float | None] = [None] * total if shares is None else list(shares)
     return [program.turn(step, value) for step, value in zip(range(total), values, strict=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -61,7 +61,7 @@ def delta_of(layer: Any, name: str, site: str) -> Delta:
         return Delta(changes["weight"], bias if bias is not None and bool(bias.any()) else None)
     if isinstance(layer, (LoraLayer, LycorisLayer)):
         with _at_one(layer, name):
-            change = wide(layer.get_delta_weight(name))
+            change = wide(cast(Any, layer).get_delta_weight(name))
             if isinstance(layer, LoraLayer) and name in layer.lora_variant:
                 return Delta(_dora(layer, name, change, site))
             factors = _factors(layer, name) if isinstance(layer, LoraLayer) else None

@@ -42,7 +42,7 @@ class Cost:
         lines = [f"{self.forwards:.2f} full forwards a step, on average over a run of {self.steps} steps"]
         if self.rho is not None:
             lines.append(
-                f"{self.refreshes} whole and {self.cached} cached forwards; a cached one costs {self.rho:.3f} of a whole one"
+                f"{self.refreshes} whole and {self.cached} cached forwards; each {self.rho:.3f} of a whole one"
             )
         return lines
 
