@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from vislr.core.errors import AdapterError
 from vislr.core.quantizing import TINY, fake_quantize, merged_codes, merged_weight, round_through, to_codes
-from vislr.kernels.dispatch import FLOATS, use_kernel
+from vislr.kernels.dispatch import FLOATS, cpu_has, use_kernel
 from vislr.kernels.integer_gemm import conv_w8a8, linear_w4a16, linear_w8a8
 from vislr.quantize.plan import WHOLE, QuantPlan
 from vislr.quantize.steps import Steps, looked_up
@@ -113,6 +113,13 @@ class QuantLayer(nn.Module):
 
     # Making.
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        # peft makes a conv's adapter by the class of the conv: what has features given is one of torch's.
+        if args or kwargs:
+            plain = next(base for base in KINDS if issubclass(cls, base))
+            return plain(*args, **kwargs)
+        return super().__new__(cls)
+
     def take_over(self, layer: Any, spec: Spec) -> None:
         """Become a layer like `layer`, with empty codes."""
         nn.Module.__init__(self)
@@ -172,9 +179,9 @@ class QuantLayer(nn.Module):
     def set_input(self, scale: torch.Tensor, zero: torch.Tensor) -> None:
         """Take step sizes and zeros of the input, (entries,) or one for all."""
         assert self.input_scale is not None
-        self.input_scale = scale.detach().float().to(self.codes.device).expand(self.spec.entries).clone()
-        zero = zero.detach().round().to(torch.int16).to(self.codes.device)
-        self.input_zero = zero.expand(self.spec.entries).clone()
+        device, shape = self.codes.device, (self.spec.entries,)
+        self.input_scale = torch.empty(shape, device=device).copy_(scale.detach())
+        self.input_zero = torch.empty(shape, dtype=torch.int16, device=device).copy_(zero.detach().round())
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         scales = {name: self._buffers[name] for name in SCALES}
@@ -347,7 +354,8 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[override]
         spec, found = self.spec, ["dequantise", "kept"]
         if spec.inputs != "none":
             found.append("integer")
-            if spec.bits == 8 and spec.symmetric and spec.input_bits == 8 and spec.inputs == "static":
+            full = spec.bits == 8 and spec.symmetric and spec.input_bits == 8 and spec.inputs != "dynamic"
+            if full and self.codes.device.type == "cpu" and cpu_has("int8"):
                 found.append("onednn")
         elif spec.format == "uniform" and (
             spec.bits in (3, 4) or (spec.bits == 8 and spec.symmetric and spec.group is None)
