@@ -58,7 +58,8 @@ def _adapters(ui: dict[str, Any], studio: Studio) -> None:
     ui["upload"] = gr.UploadButton("Upload adapter files", file_count="multiple", size="md", elem_id="upload")
     with gr.Accordion("From a folder, or of another base", open=studio.folder is not None):
         ui["folder"] = gr.Textbox(
-            str(studio.folder or "") if studio.typed_paths else "", label="Folder of this machine", visible=studio.typed_paths, max_lines=1,
+            str(studio.folder or "") if studio.typed_paths else "", label="Folder of this machine",
+            visible=studio.typed_paths, max_lines=1,
             info="Enter lists its files",
         )  # fmt: skip
         ui["library"] = gr.Dropdown(

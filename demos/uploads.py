@@ -11,9 +11,11 @@ from pathlib import Path
 
 from vislr.core.errors import FormatError
 from vislr.formats.container import shown
+from vislr.formats.peft_folders import folders as folders_of_peft
 
 # A folder of peft: its config and its weights.
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+CONFIG_BYTES = 2**20
 # Levels of folders that are searched, and how many adapters are listed.
 DEPTH = 4
 MOST_LISTED = 500
@@ -49,8 +51,9 @@ def take(files: Sequence[str | os.PathLike], folder: Path, limit: int) -> list[T
     for path in paths:
         if not path.is_file() or path.is_symlink():
             raise FormatError(f"'{shown(path.name)}' did not arrive; upload it again")
-        if path.stat().st_size > limit:
-            size, most = path.stat().st_size / 2**20, limit / 2**20
+        allowed = min(limit, CONFIG_BYTES) if path.name == PEFT_FILES[0] else limit
+        if path.stat().st_size > allowed:
+            size, most = path.stat().st_size / 2**20, allowed / 2**20
             raise FormatError(f"'{shown(path.name)}' has {size:,.1f} MiB; at most {most:,.1f} MiB are taken here")
     config = next((path for path in paths if path.name == PEFT_FILES[0]), None)
     weights = next((path for path in paths if path.name == PEFT_FILES[1]), None)
@@ -95,7 +98,7 @@ def list_adapters(folder: str | os.PathLike) -> dict[str, Path]:
         folders.sort()
         if len(inside.relative_to(root).parts) >= DEPTH:
             folders.clear()
-        if PEFT_FILES[0] in files:
+        if folders_of_peft(inside):
             found[_below(inside, root)] = inside
             folders.clear()
             continue

@@ -138,7 +138,7 @@ def test_sizes_and_counts_have_limits(studio, files, tmp_path):
     with pytest.raises(FormatError, match="did not arrive"):
         take([link], session.folder, 10**9)
     with pytest.raises(FormatError, match="alone is no adapter"):
-        take([files["peft"] / "adapter_config.json"], session.folder, 10**9)
+        take([files["peft"] / "unet" / "adapter_config.json"], session.folder, 10**9)
     assert list(session.folder.iterdir()) == []
     for _ in range(MOST_ADAPTERS):
         session.add(taken(files["style"]))
@@ -151,7 +151,7 @@ def test_sizes_and_counts_have_limits(studio, files, tmp_path):
 
 def test_two_files_of_peft_are_one_adapter(studio, files):
     session = studio.ready("one")
-    both = [files["peft"] / name for name in ("adapter_model.safetensors", "adapter_config.json")]
+    both = [files["peft"] / "unet" / name for name in ("adapter_model.safetensors", "adapter_config.json")]
     peft, style = take([*both, files["style"]], session.folder, 10**9)
     assert (peft.label, style.label) == ("peft", "style")
     assert session.add(peft).summary() == session.add(taken(files["kohya"])).summary()
