@@ -63,7 +63,7 @@ class GenerateConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `vislr generate` with these arguments; returns the exit code."""
     config = parse_config(GenerateConfig, argv, prog="vislr generate", description="Make pictures.")
-    adapters = [_adapter(text) for text in config.adapter]
+    adapters = [adapter_file(text) for text in config.adapter]
     pairs = [(prompt, seed) for seed in config.seeds for prompt in config.prompts]
     folder = check_output(config.out, needed=len(pairs) * 3 * (config.size or 64) ** 2)
 
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = plain_data(config)
     for image, (prompt, seed) in zip(images, pairs, strict=True):
         index = config.prompts.index(prompt)
-        path = folder / f"{index:03d}-{_slug(prompt)}-{seed}.png"
+        path = folder / f"{index:03d}-{slug(prompt)}-{seed}.png"
         write_picture(path, image, made | {"prompts": [prompt], "seeds": [seed]})
     if config.grid:
         count = len(config.prompts)
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _adapter(text: str) -> tuple[Path, float]:
+def adapter_file(text: str) -> tuple[Path, float]:
     """`FILE` or `FILE:WEIGHT`."""
     path, colon, number = text.rpartition(":")
     weight = 1.0
@@ -123,7 +123,8 @@ def _adapter(text: str) -> tuple[Path, float]:
     return Path(text), weight
 
 
-def _slug(prompt: str) -> str:
+def slug(prompt: str) -> str:
+    """A prompt as part of a file name."""
     return "-".join("".join(c if c.isalnum() else " " for c in prompt.lower()).split())[:60] or "prompt"
 
 

@@ -67,7 +67,10 @@ def save(target: Any, folder: str | os.PathLike) -> Path:
 
     folder = Path(folder)
     if not hasattr(target, "save_pretrained"):
-        raise ModelError(f"a {type(target).__name__} cannot be saved as a diffusers folder; use save_adapter")
+        raise ModelError(
+            f"a {type(target).__name__} cannot be saved as a diffusers folder; use save_adapter, or keep its weights "
+            "and plans (recipe_of)"
+        )
     ours = any((folder / known).exists() for known in ("model_index.json", RECIPE_FILE, "config.json"))
     if folder.is_dir() and any(folder.iterdir()) and not ours:
         raise OutputError(f"'{folder}' holds other files; save into a new folder")
