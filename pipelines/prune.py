@@ -165,6 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pipe.to(config.model.device or accelerator.device)
     inventory = units_of(pipe, _granularity(config), removal=config.plan.removal)
     accelerator.print(_overview(config, pipe, inventory))
+    _check_ratio(config, inventory)
     if config.dry_run:
         return 0
     check_output(folder, needed=8 * inventory.parameters)
@@ -193,6 +194,16 @@ def _check_folder(config: PruneConfig, folder: Path) -> None:
         for name in held:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _check_ratio(config: PruneConfig, inventory: Inventory) -> None:
+    """Refuse a ratio that nothing can reach before a file is written; latencies are not known yet, lists have none."""
+    from vislr.prune import solve
+
+    listed = config.plan.criterion == "ssd-1b" or config.plan.criterion.startswith("bk-sdm-")
+    if config.plan.file is None and config.plan.budget != "latency" and not listed:
+        needed = solve.needed_for(inventory, config.plan.ratio, config.plan.budget)
+        solve.check_reachable(inventory, needed, config.plan.budget)
 
 
 def _granularity(config: PruneConfig) -> str:

@@ -272,7 +272,13 @@ def changed(base, tmp_path):
 def test_show_and_diff(changed, base, tmp_path, capsys):
     assert main(["recipe", "show", str(changed)]) == 0
     text = capsys.readouterr().out
-    parts = ("1. layers 'cut' on unet", "criterion random, ratio 0.2", "2. convlora 'style'", "KID: before 0.25")
+    parts = (
+        "   made on weights ",
+        "1. layers 'cut' on unet",
+        "criterion random, ratio 0.2",
+        "2. convlora 'style'",
+        "KID: before 0.25",
+    )
     assert [part for part in parts if part not in text] == []
     assert main(["recipe", "diff", str(changed), str(changed)]) == 0
     assert capsys.readouterr().out == "no difference\n"

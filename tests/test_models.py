@@ -204,6 +204,24 @@ def test_shards_and_from_config(tmp_path):
     assert vislr.recipe_of(built)[0]["change"] == vislr.recipe_of(unet)[0]["change"]
 
 
+def test_a_pipeline_hands_on_variant_and_shards(tmp_path):
+    pipe = tiny.tiny_sd_pipeline()
+    vislr.apply(pipe, LayerPlan(CUTS["sd"][1]))
+    pipe.to(torch.float16).save_pretrained(tmp_path, variant="fp16", max_shard_size="100KB")
+    shards = [path.name for path in (tmp_path / "unet").glob("*.safetensors")]
+    assert len(shards) > 1
+    assert all(".fp16-" in name or ".fp16." in name for name in shards), shards
+    state = pipe.unet.state_dict()
+    again = DiffusionPipeline.from_pretrained(tmp_path, variant="fp16", dtype=torch.float16).unet
+    mapped = vislr.UNet2DConditionModel.from_pretrained(
+        tmp_path, subfolder="unet", variant="fp16", dtype=torch.float16, device_map={"": "cpu"}
+    )
+    for loaded in (again, mapped):
+        assert type(loaded).__module__ == "vislr"
+        assert list(loaded.state_dict()) == list(state)
+        assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
+
+
 def test_without_vislr_the_pipeline_names_it(folders, tmp_path):
     code = "import sys; from diffusers import DiffusionPipeline; DiffusionPipeline.from_pretrained(sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", code, str(folders["sd"][0])], capture_output=True, text=True)
@@ -338,6 +356,22 @@ def test_a_tampered_folder_is_refused_by_name(folders, case, tmp_path):
         DiffusionPipeline.from_pretrained(folder)
     with pytest.raises(error, match=message):
         vislr.UNet2DConditionModel.from_pretrained(folder, subfolder="unet", low_cpu_mem_usage=False)
+
+
+@pytest.mark.parametrize("entry", [["vislr", "apply"], ["os", "system"], "pipeline"])
+def test_nothing_that_a_folder_names_or_holds_is_run(folders, entry, tmp_path):
+    folder = edited(folders["sd"][0], tmp_path, lambda config: None)
+    code = f"open({str(tmp_path / 'ran')!r}, 'w').write('x')\nclass Mine: pass\n"
+    for path in (folder / "pipeline.py", folder / "unet" / "pipeline.py"):
+        path.write_text(code)
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"_class_name": ["pipeline", "Mine"]} if entry == "pipeline" else {"unet": entry}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="cannot load"):
+        vislr.load(folder)
+    with pytest.raises((TypeError, ValueError)):
+        DiffusionPipeline.from_pretrained(folder)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_weights_of_the_unpruned_model_are_refused(folders, tmp_path):

@@ -81,7 +81,7 @@ def _check_comfy(module: Any, name: str, config: Mapping[str, Any]) -> None:
         )
     below = [unit for unit in removed if unit.startswith("down_blocks.")]
     if name == "UNet2DConditionModel" and config.get("addition_embed_type") == "text_time" and below:
-        depths = []
+        depths: list[int] = []
         for stage, kind, count in zip(
             module.down_blocks, config["down_block_types"], config["transformer_layers_per_block"], strict=False
         ):

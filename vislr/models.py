@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -94,17 +95,17 @@ class _Planned:
             model.register_to_config(**{KEY: plans})
         return made
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As diffusers' own, with the guarded tensor under its other name.
 
         Raises:
             ModelError: adapters are on the model; `vislr.save` writes them beside it.
         """
         if not self.config.get(KEY):  # type: ignore[attr-defined]
-            return super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+            return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if any(".base_layer." in key for key in self.state_dict()):  # type: ignore[attr-defined]
             raise ModelError("adapters are on the model; save it with vislr.save, which writes them beside it")
-        return super(_Planned, _guarded_twin(self)).save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+        return super(_Planned, _guarded_twin(self)).save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
 
 @functools.cache
@@ -126,6 +127,8 @@ def planned_class(name: str) -> type:
     if name not in GUARDS:
         raise ModelError(f"a {name} cannot carry plans in its config{hint(name, GUARDS)}")
     base = getattr(diffusers, name)
+    # A pipeline hands on what it finds in the signature: the variant, the size of shards.
+    _Planned.save_pretrained.__signature__ = inspect.signature(base.save_pretrained)  # type: ignore[attr-defined]
     # The face: `getattr(vislr, name)` is what diffusers looks up for ["vislr", name] in model_index.json.
     body = {"__module__": "vislr", "__doc__": f"diffusers' {name} with structural plans in its config."}
     return type(name, (_Planned, base), body)

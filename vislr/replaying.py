@@ -30,7 +30,9 @@ def steps_text(record: dict[str, Any]) -> list[str]:
         if plan is not None:
             told = {key: plan[key] for key in ("criterion", "ratio", "budget", "removal") if plan.get(key) is not None}
             lines.append("   " + ", ".join(f"{key} {value}" for key, value in told.items() if value != ""))
-            hashes = {"made on weights": plan.get("base"), "calibration data": _settings(plan).get("calibration")}
+            settings = _settings(plan)
+            data = settings.get("calibration") or settings.get("quality")
+            hashes = {"made on weights": plan.get("base"), "calibration data": data}
             lines += [f"   {key} {value[:16]}" for key, value in hashes.items() if isinstance(value, str) and value]
             lines += [f"   - {name}" for name in plan.get("removed", ())]
     for name, stored in record["adapters"].items():

@@ -68,6 +68,20 @@ def test_laptop_from_end_to_end(pipelines, pictures, tmp_path, capsys):
     assert "12 units, 13 forwards" in said
     assert "12 at granularity 'block': 90.6% of the parameters" in said
     assert not out.exists()
+    hybrid = [
+        "--plan.criterion",
+        "hierarchical",
+        "--plan.cut",
+        "hybrid",
+        "--plan.prompts",
+        "5",
+        "--plan.additivity",
+        "0",
+    ]
+    assert main([*args, *hybrid, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "scoring  blocks: 12 units, 260 forwards" in said, "2 batches of pictures, 10 steps, 13 times"
+    assert "scoring  parts: " in said
     assert main(args) == 0
     assert {path.name for path in out.iterdir()} == {
         "plan.json", "plan.png", "additivity.json", "additivity.png", "scores", "recovery", "pipeline", "config.yaml",
@@ -141,6 +155,8 @@ def test_bad_input_is_named(flags, code, message, pipelines, pictures, tmp_path,
     args = command(pipelines, pictures, tmp_path / "run", "--recovery.train", "none")
     assert main([*args, *flags]) == code
     assert message in capsys.readouterr().err
+    if "ratio" in flags[0]:
+        assert not (tmp_path / "run").exists()
 
 
 def test_a_plan_for_another_model_is_refused(pipelines, pictures, tmp_path, capsys):

@@ -42,10 +42,8 @@ def draw_plan(plan: LayerPlan, inventory: Inventory, path: str | os.PathLike) ->
     if plan.saved is not None and plan.total:
         what += f", {plan.saved / plan.total:.1%} of the {budget}"
     above.set_title(f"{plan.criterion or 'plan'} on {plan.architecture}: {what}", loc="left", fontsize=10)
-    above.legend(
-        handles=[Patch(color=_GONE, label="removed"), Patch(color=_KEPT, label="stays")], fontsize=8, ncols=2,
-        frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2,
-    )  # fmt: skip
+    handles = [Patch(color=_GONE, label="removed"), Patch(color=_KEPT, label="stays")]
+    figure.legend(handles=handles, fontsize=8, ncols=2, frameon=False, loc="outside lower right")
     total = getattr(inventory, budget) or 1
     below.bar(places, [100 * getattr(unit, budget) / total for unit in units], color=colours)
     below.set_ylabel(f"% of the {budget}")

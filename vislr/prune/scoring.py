@@ -233,7 +233,7 @@ def score_units(
             if folder is not None:
                 own = {name: kept[name] for name in names if name in kept} | found if rank == 0 else found
                 write_json(Path(folder) / f"scores-{rank}.json", {"key": key, "values": own})
-            bar.update(world)
+            bar.update(min(world, len(names) - bar.n))
     if world > 1:
         from accelerate.utils import gather_object
 
