@@ -49,21 +49,23 @@ def test_a_run_writes_a_folder_that_diffusers_loads(base, tmp_path, capsys):
 
 def test_mixed_precision_meets_its_size(base, tmp_path):
     out = tmp_path / "out"
-    flags = ["quantize", f"--model.base={base}", "--plan.method=weights", "--plan.group=null", "--plan.budget_mb=0.03",
+    flags = ["quantize", f"--model.base={base}", "--plan.method=weights", "--plan.group=null", "--plan.budget_mb=0.06",
              '--calibration.prompts=["a cat face"]', "--calibration.steps=2", "--ways=false",
              f"--output.folder={out}", '--plan.bits={"*": null, "up_blocks.*": [4, 16]}']  # fmt: skip
     assert main(flags) == 0
     pipe = diffusers.DiffusionPipeline.from_pretrained(out / "pipeline")
     layers = quant_layers(pipe.unet)
     size = sum(v.numel() * v.element_size() for one in layers.values() for v in one._buffers.values() if v is not None)
-    assert size <= 30_000
+    assert size <= 60_000
     assert len({one.spec.bits for one in layers.values()}) > 1
     assert torch.isfinite(layers["up_blocks.0.resnets.0.conv1"].dequantized()).all()
 
 
 def test_a_dry_run_reads_no_weights(capsys):
-    assert main(["quantize", "--dry_run", "--model.base=sdxl", "--plan.method=weights", "--plan.format=nf4"]) == 0
-    assert "nf4 weight-only for UNet2DConditionModel: 775 W4" in capsys.readouterr().out
+    assert main(["quantize", "--dry_run", "--model.base=dit-xl-2", "--plan.method=weights", "--plan.format=nf4"]) == 0
+    out = capsys.readouterr().out
+    assert "nf4 weight-only for DiTTransformer2DModel: " in out
+    assert float(out.split("(")[1].split("x smaller")[0]) > 5
 
 
 @pytest.mark.parametrize(

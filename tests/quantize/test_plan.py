@@ -39,8 +39,9 @@ def answer(model, sample=None):
     return found if torch.is_tensor(found) else found[0]
 
 
-@pytest.mark.parametrize("family", SAMPLES)
-@pytest.mark.parametrize("kind", ["dynamic", "static", "weights"])
+@pytest.mark.parametrize(
+    ("family", "kind"), [*((family, "static") for family in SAMPLES), ("sd3", "dynamic"), ("vit", "weights")]
+)
 def test_every_family_is_quantised_and_comes_back(family, kind):
     build, sample = SAMPLES[family]
     torch.manual_seed(0)
@@ -130,8 +131,13 @@ def test_plans_that_do_not_fit_leave_the_model_alone(student):
     vislr.remove(student, report)
 
 
-@pytest.mark.parametrize("kind", ["w8a8 static", "w4a4 timestep", "w3 groups", "w2", "nf4", "pruned"])
-@pytest.mark.parametrize("build", [tiny.tiny_sd_pipeline, tiny.tiny_sd3_pipeline])
+@pytest.mark.parametrize(
+    ("build", "kind"),
+    [
+        *((tiny.tiny_sd_pipeline, kind) for kind in ("w8a8 static", "w4a4 timestep", "w3 groups", "w2", "pruned")),
+        *((tiny.tiny_sd3_pipeline, kind) for kind in ("w4a4 timestep", "nf4")),
+    ],
+)
 def test_folders_hold_integers_and_reload_strictly(build, kind, tmp_path, runs):
     """Codes equal bit for bit, answers too; scales stay float32 when the rest is loaded as bfloat16."""
     pipe = build()
@@ -189,6 +195,7 @@ def test_folders_hold_integers_and_reload_strictly(build, kind, tmp_path, runs):
     assert sizes(denoiser).total < sum(p.numel() * 4 for p in build().components[component].parameters())
 
 
+@pytest.mark.slow
 def test_a_folder_reloads_in_a_new_process_and_refuses_other_weights(sd, tmp_path, runs):
     pipe = copy.deepcopy(sd)
     vislr.apply(pipe, ptq_plan(pipe, 8, 8, source=runs))
@@ -253,6 +260,28 @@ def test_a_file_of_a_lora_made_on_the_original_loads(sd, tmp_path):
     sample = {"tokens": 16, "height": 8, "width": 8}
     wanted, base = answer(first.unet, sample), answer(sd.unet, sample)
     assert (answer(pipe.unet, sample) - wanted).norm() < 0.1 * (wanted - base).norm()
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_one_graph_for_all_timesteps(sd, w4a4):
+    """No graph breaks; another timestep is another value, not another graph."""
+    model = copy.deepcopy(sd.unet)
+    vislr.apply(model, w4a4)
+    inputs = sample_inputs(model, {"tokens": 16, "height": 8, "width": 8}, device="cpu", batch=2)
+    graphs = []
+
+    def backend(graph, example):
+        graphs.append(graph)
+        return graph
+
+    times = [torch.tensor([t, t]) for t in (999.0, 500.0, 7.0)]
+    with torch.no_grad():
+        expected = [model(**inputs | {"timestep": t})[0] for t in times]
+        compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=False)
+        found = [compiled(**inputs | {"timestep": t})[0] for t in times]
+    assert len(graphs) == 1
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_compiled_layers_are_one_graph():

@@ -287,14 +287,20 @@ class QALoraLayer(nn.Module, BaseTunerLayer):
         """Suffix -> tensor, as the `vislr` format stores them."""
         held = {part: getattr(self, part) for part in self.adapter_layer_names}
         found = {part: holder[name].detach() for part, holder in held.items() if name in holder}
+        if not self.r[name]:
+            # Factors of rank 0 tell every reader that the weight's update is 0.
+            base: Any = self.get_base_layer()
+            found["qalora_A"] = torch.zeros(0, *base.shape[1:])
+            found["qalora_B"] = torch.zeros(base.rows, 0, *(1,) * (len(base.shape) - 2))
         return found | {"alpha": torch.tensor(float(self.r[name]))}
 
     @torch.no_grad()
     def load_file_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         """Take the values of `file_tensors`."""
         for part, tensor in tensors.items():
-            if part != "alpha":
-                getattr(self, part)[name].copy_(tensor)
+            holder = getattr(self, part, {})
+            if name in holder:
+                holder[name].copy_(tensor)
 
 
 class QALoraModel(DeltaTuner):

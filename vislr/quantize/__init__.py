@@ -16,6 +16,7 @@ from vislr.quantize.plan import QuantPlan
 from vislr.quantize.planning import efficientdm_plan, layer_classes, ptq_plan, weight_only_plan
 from vislr.quantize.running import LayerTime, Ways, choose_ways, without_slower
 from vislr.quantize.sensitivity import Choice, mixed_plan, sensitivity
+from vislr.quantize.torchao import export_torchao
 from vislr.quantize.trajectories import Calibration, Trajectories, calibrate, trajectory_inputs
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "calibrate",
     "choose_ways",
     "efficientdm_plan",
+    "export_torchao",
     "layer_classes",
     "mixed_plan",
     "ptq_plan",

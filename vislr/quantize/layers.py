@@ -6,7 +6,7 @@ refuses to be written. Scales stay float32 through any cast.
 How a layer computes is its `way`: "dequantise" (the weight in the input's dtype, then torch's product), "integer"
 (int8 products, sums exact in int32), "packed" (products that read packed weights), "onednn" (oneDNN's int8
 linear on a CPU), "kept" (the dequantised weight stays in memory). All give the same numbers but for rounding of
-sums. "auto": kernels where a GPU has them, else "dequantise".
+sums. "auto": kernels for linears where a GPU has them, else "dequantise".
 """
 
 from __future__ import annotations
@@ -385,6 +385,10 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[override]
 
 
 class _QuantConv(QuantLayer):
+    def best_way(self, x: torch.Tensor) -> str:
+        # Quantising a map costs what its int8 conv saves; `choose_ways` says where it does not.
+        return "dequantise"
+
     def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         conv: Any = self
         return conv._conv_forward(x, weight, self.bias)

@@ -12,10 +12,11 @@ multiplies gradients by the step size instead, which is the same under SGD and n
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,20 +24,21 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from vislr.adapters import QALoraConfig, adapter_parameters, attach
-from vislr.adapters.inject import adapter_layers
+from vislr.adapters import QALoraConfig, attach
+from vislr.adapters.inject import adapter_layers, exactly
 from vislr.adapters.qalora import QALoraLayer
 from vislr.anatomy import denoiser_of
 from vislr.core.arguments import plain_data
 from vislr.core.errors import ConfigError, Interrupted, ModelError, TrainingError
-from vislr.quantize import QuantLayer, Trajectories, quant_layers
+from vislr.quantize import QuantLayer, Trajectories, layer_classes, quant_layers
 from vislr.quantize.trajectories import watching_calls
 from vislr.train.checkpoints import check_same_run, checkpoints_in, load_checkpoint, save_checkpoint, set_number
 from vislr.train.checks import above_zero, at_least
 from vislr.train.signals import stop_signals
 
 NAME = "qalora"
-Train = Literal["all", "qalora", "full"]
+# No update changes an input's step size by more than this share: small ones would be gone after a few.
+_LARGEST = 0.01
 
 
 @dataclass
@@ -56,13 +58,13 @@ class TuneConfig:
     scale_aware: bool = True
     """Each layer's rate is its mean step size over `reach`; false: `lr` for all."""
     reach: float = 2500.0
-    """scale_aware: mean step size over this is the rate (the published value)."""
+    """scale_aware: mean step size over this is the rate (the published value, for 16,000 updates)."""
     lr: float = 2e-5
     """Rate of QALoRA's factors where scale_aware is false."""
     weight_scale_lr: float = 1e-6
     """Rate of the weights' step sizes."""
     input_lr: float = 5e-4
-    """Rate of the inputs' step sizes and zeros, where the plan has any."""
+    """Rate of the inputs' step sizes and zeros, where the plan has any; of a step size at most a hundredth of it."""
     weight_decay: float = 0.01
     """AdamW's weight decay; the step sizes decay too, as in the published code."""
     train: Literal["all", "qalora", "full"] = "all"
@@ -77,8 +79,15 @@ class TuneConfig:
         at_least(1, tune__trajectories=self.trajectories, tune__batch=self.batch, tune__steps=self.steps)
         at_least(1, tune__rank=self.rank, tune__checkpoint_every=self.checkpoint_every)
         above_zero(tune__reach=self.reach, tune__lr=self.lr)
+        if self.train == "full" and self.scale_aware:
+            raise ConfigError("tune.train full has one rate, tune.lr; expected tune.scale_aware false")
         at_least(0, tune__weight_scale_lr=self.weight_scale_lr, tune__input_lr=self.input_lr)
         at_least(0, tune__weight_decay=self.weight_decay)
+
+    @property
+    def updates(self) -> int:
+        """Optimiser steps of the whole run."""
+        return -(-self.trajectories // self.batch) * self.steps
 
 
 @dataclass(frozen=True)
@@ -99,17 +108,15 @@ class TuneResult:
 
 
 def attach_qalora(student: nn.Module, rank: int, *, ends: bool = True, name: str = NAME, seed: int = 0) -> Any:
-    """QALoRA on every layer of fewer than 8 bits (on all, if none has fewer); of the ends the scales alone.
+    """QALoRA on every quantised layer of the model's body; of the first and last layers the scales alone.
 
     Args:
         student: quantised.
-        ends: also train the scales of the first and last layers (`vislr.quantize.layer_classes`).
+        ends: train those scales (`vislr.quantize.layer_classes` says which layers these are).
 
     Returns:
         what `vislr.adapters.detach` takes.
     """
-    from vislr.quantize import layer_classes
-
     layers = quant_layers(student)
     classes = layer_classes(student)
     body = [path for path in layers if path in classes.body]
@@ -118,14 +125,8 @@ def attach_qalora(student: nn.Module, rank: int, *, ends: bool = True, name: str
     others = [path for path in layers if path not in body and ends]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = QALoraConfig(r=rank, target_modules=_exactly([*body, *others]), scales=others)
+        config = QALoraConfig(r=rank, target_modules=exactly([*body, *others]), scales=others)
         return attach(student, config, name)
-
-
-def _exactly(sites: list[str]) -> str:
-    from vislr.adapters.inject import exactly
-
-    return exactly(sites)
 
 
 def parameter_groups(student: nn.Module, config: TuneConfig, name: str = NAME) -> list[dict[str, Any]]:
@@ -134,7 +135,8 @@ def parameter_groups(student: nn.Module, config: TuneConfig, name: str = NAME) -
     Each group has "names", "part" and "lr"; rates fall in a line to 0.
     """
     groups: list[dict[str, Any]] = []
-    sizes: dict[str, dict[str, nn.Parameter]] = {"weight scales": {}, "input scales": {}}
+    sizes: dict[str, dict[str, nn.Parameter]] = {"weight scales": {}, "input zeros": {}}
+    inputs: list[tuple[str, nn.Parameter, float]] = []
     for site, layer in adapter_layers(student, name).items():
         assert isinstance(layer, QALoraLayer)
         factors = {
@@ -147,10 +149,16 @@ def parameter_groups(student: nn.Module, config: TuneConfig, name: str = NAME) -
             rate = mean / config.reach if config.scale_aware else config.lr
             groups.append({"params": list(factors.values()), "names": list(factors), "part": "factors", "lr": rate})
         sizes["weight scales"][f"{site}.qalora_scale"] = layer.qalora_scale[name]
-        for part in ("qalora_input_scale", "qalora_input_zero"):
-            if name in getattr(layer, part):
-                sizes["input scales"][f"{site}.{part}"] = getattr(layer, part)[name]
-    rates = {"weight scales": config.weight_scale_lr, "input scales": config.input_lr}
+        if name in layer.qalora_input_scale:
+            size = layer.qalora_input_scale[name]
+            rate = min(config.input_lr, _LARGEST * float(size.detach().mean()))
+            inputs.append((f"{site}.qalora_input_scale", size, rate))
+            sizes["input zeros"][f"{site}.qalora_input_zero"] = layer.qalora_input_zero[name]
+    for key, size, rate in inputs:
+        size.requires_grad_(config.train == "all" and rate > 0)
+        if size.requires_grad:
+            groups.append({"params": [size], "names": [key], "part": "input scales", "lr": rate})
+    rates = {"weight scales": config.weight_scale_lr, "input zeros": config.input_lr}
     for part, found in sizes.items():
         kept = config.train == "all" and rates[part] > 0
         for parameter in found.values():
@@ -160,11 +168,17 @@ def parameter_groups(student: nn.Module, config: TuneConfig, name: str = NAME) -
     return groups
 
 
-def guided(prediction: torch.Tensor, guidance: float, doubled: bool) -> torch.Tensor:
-    """unconditional + guidance (conditional - unconditional) of a doubled batch; any other as it is."""
+def guided(prediction: torch.Tensor, guidance: float, doubled: bool, conditional_first: bool = False) -> torch.Tensor:
+    """unconditional + guidance (conditional - unconditional) of a doubled batch; any other as it is.
+
+    Args:
+        conditional_first: the conditional half comes first, as DiT's pipeline has it.
+    """
     if not doubled:
         return prediction
     without, with_ = prediction.chunk(2)
+    if conditional_first:
+        without, with_ = with_, without
     return without + guidance * (with_ - without)
 
 
@@ -209,7 +223,7 @@ def tune(
         [{"params": group["params"], "lr": group["lr"], "base_lr": group["lr"]} for group in groups],
         weight_decay=config.weight_decay,
     )
-    total = runs.pieces * config.steps
+    total = config.updates
     state: dict[str, Any] = {"updates": 0, "piece": 0, "losses": []}
     if folder is not None and resume and checkpoints_in(folder):
         stored = load_checkpoint(checkpoints_in(folder)[-1], trainable, optimizer)
@@ -221,6 +235,7 @@ def tune(
     teacher.requires_grad_(False)
     learner = _Learner(teacher, student, optimizer, trainable, config.guidance, total, watch)
     learner.updates = state["updates"]
+    learner.conditional_first = "class_labels" in inspect.signature(type(pipe).__call__).parameters
     started, saved = time.monotonic(), state["updates"]
     losses: list[float] = list(state["losses"])
     with (
@@ -231,6 +246,7 @@ def tune(
         learner.bar = bar
         for piece in range(state["piece"], runs.pieces):
             learner.seen = []
+            learner.samples = min(runs.batch, runs.count - piece * runs.batch)
             runs.run(pipe, piece)
             losses.append(sum(learner.seen) / max(1, len(learner.seen)))
             due = learner.updates - saved >= config.checkpoint_every or piece + 1 == runs.pieces or asked
@@ -247,8 +263,6 @@ def tune(
 
 
 def _runs_of(runs: Trajectories, config: TuneConfig) -> Trajectories:
-    from dataclasses import replace
-
     return replace(
         runs, count=config.trajectories, batch=config.batch, steps=config.steps, guidance=config.guidance,
         seed=config.seed,
@@ -274,9 +288,9 @@ class _Learner:
         self.trainable, self.guidance, self.total = trainable, guidance, total
         self.watch, self.updates = watch, 0
         self.seen: list[float] = []
+        self.samples, self.conditional_first = 0, False
         self.bar: Any = None
         self.asked: dict[str, Any] = {}
-        self.handles: list[Any] = []
 
     def __enter__(self) -> _Learner:
         self.watching = watching_calls(self.teacher, self._note)
@@ -296,12 +310,13 @@ class _Learner:
         for group in self.optimizer.param_groups:
             set_number(group, "lr", group["base_lr"] * left)
         target = output_of(answer).detach()
-        # What CFG pipelines ask is a doubled batch: unconditional, then conditional.
-        doubled = self.guidance > 1 and target.shape[0] % 2 == 0
+        # Guidance in one call is a doubled batch; in two calls, or distilled into the model, each answer counts alone.
+        doubled = self.guidance > 1 and target.shape[0] == 2 * self.samples
         with torch.enable_grad():
             own = output_of(self.student(**self.asked))
-            wanted = guided(target.float(), self.guidance, doubled)
-            error = (wanted - guided(own.float(), self.guidance, doubled)).square().sum()
+            how = (self.guidance, doubled, self.conditional_first)
+            wanted = guided(target.float(), *how)
+            error = (wanted - guided(own.float(), *how)).square().sum()
             error.backward()
         value = float(error.detach() / wanted.square().sum().clamp_min(1e-12))
         if not math.isfinite(value):
@@ -346,9 +361,3 @@ def merge_qalora(student: Any, name: str = NAME) -> None:
     if "_hf_peft_config_loaded" in vars(student) and not configs:
         student._hf_peft_config_loaded = False
     student.requires_grad_(False)
-
-
-__all__ = [
-    "TuneConfig", "TuneResult", "adapter_parameters", "attach_qalora", "guided", "merge_qalora", "parameter_groups",
-    "tune",
-]  # fmt: skip

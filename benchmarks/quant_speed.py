@@ -1,0 +1,207 @@
+"""Speed of quantised layers and models against bf16 and fp32, and against torchao, sdnq and quanto where they are.
+
+    python benchmarks/quant_speed.py --dtype bfloat16 --compile
+    python benchmarks/quant_speed.py --dtype float32 --only sd15-1024 embedded
+
+Linears of SD1.5's and SDXL's shapes with M = 1024 to 8192 rows: W8A8 (dynamic and static), W4A8, W4A16, in every
+way that vislr has here, against the float linear in float32 and in --dtype; and a call of an embedded denoiser,
+each layer in its fastest way. Every shape is a case of its own, kept in the folder and not measured again. Peers
+that are not installed are named in the log. Writes a record when all cases are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import vislr
+from vislr import measure
+from vislr.core.files import read_json, write_json
+from vislr.measure import Measurement
+from vislr.quantize import Trajectories, choose_ways, ptq_plan, sizes, trajectory_inputs, weight_only_plan
+from vislr.quantize.layers import Spec, quantized
+
+# name -> (rows, inputs, outputs): projections and feed-forwards of a level at 512 and 1024 pixels.
+LINEARS = {
+    "sd15-4096": (4096, 320, 320),
+    "sd15-4096-ff": (4096, 320, 2560),
+    "sd15-1024": (1024, 640, 640),
+    "sd15-1024-ff": (1024, 640, 5120),
+    "sdxl-4096": (4096, 640, 640),
+    "sdxl-4096-ff": (4096, 640, 5120),
+    "sdxl-1024": (1024, 1280, 1280),
+    "sdxl-1024-ff": (1024, 1280, 10240),
+    "sdxl-8192": (8192, 640, 640),
+    "text-154": (154, 2048, 1280),
+    "time-2": (2, 1280, 1280),
+}
+KINDS = {
+    "W8A8 dynamic": Spec(8, 8, "dynamic", None, "uniform", True, 0),
+    "W8A8 static": Spec(8, 8, "static", None, "uniform", True, 1),
+    "W4A8 static": Spec(4, 8, "static", None, "uniform", False, 1),
+    "W4A16 groups": Spec(4, 16, "none", 64, "uniform", False, 0),
+    "W8A16": Spec(8, 16, "none", None, "uniform", True, 0),
+}
+PEERS = ("torchao", "sdnq", "optimum")
+
+
+def peers(linear: nn.Linear) -> dict[str, nn.Module]:
+    """The same linear, quantised by other packages that are installed."""
+    found: dict[str, nn.Module] = {}
+    if importlib.util.find_spec("torchao"):
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+
+        for name, config in (
+            ("torchao W8A8 dynamic", Int8DynamicActivationInt8WeightConfig()),
+            ("torchao W8A16", Int8WeightOnlyConfig()),
+        ):
+            holder = nn.Sequential(copy.deepcopy(linear))
+            quantize_(holder, config)
+            found[name] = holder
+    if importlib.util.find_spec("sdnq"):
+        from sdnq import SDNQConfig
+        from sdnq.quantizer import sdnq_quantize_layer
+
+        for name, product in (("sdnq W8A16", False), ("sdnq W8A8 dynamic", True)):
+            config = SDNQConfig(weights_dtype="int8", use_quantized_matmul=product, quantization_device="cpu")
+            found[name] = sdnq_quantize_layer(copy.deepcopy(linear), config)[0]
+    if importlib.util.find_spec("optimum"):
+        from optimum.quanto import freeze, qint8, quantize
+
+        holder = nn.Sequential(copy.deepcopy(linear))
+        quantize(holder, weights=qint8)
+        freeze(holder)
+        found["quanto W8A16"] = holder
+    return found
+
+
+def caller(module: Callable[[Any], Any], x: torch.Tensor, compiled: bool) -> Callable[[], Any]:
+    run = torch.compile(module, dynamic=False) if compiled else module
+
+    def call() -> Any:
+        with torch.no_grad():
+            return run(x)
+
+    return call
+
+
+def linear_case(name: str, dtype: torch.dtype, compiled: bool, rounds: int, device: str) -> dict[str, Any]:
+    rows, inside, out = LINEARS[name]
+    torch.manual_seed(0)
+    plain = nn.Linear(inside, out).to(device)
+    x = torch.randn(rows, inside, device=device)
+    low = copy.deepcopy(plain).to(dtype)
+    calls: dict[str, Callable[[], Any]] = {str(dtype).removeprefix("torch."): caller(low, x.to(dtype), compiled)}
+    if dtype != torch.float32:
+        calls["float32"] = caller(plain, x, compiled)
+    notes = []
+    for kind, spec in KINDS.items():
+        made = quantized(plain, spec, "minmax")
+        if spec.entries:
+            made.set_input(torch.tensor(8 / 255), torch.tensor(128.0))
+        for way in made.ways():
+            if way == "kept" or (way == "packed" and dtype == torch.float32 and spec.bits == 8):
+                continue
+            layer = copy.deepcopy(made).to(dtype)
+            layer.way = way
+            calls[f"vislr {kind}, {way}"] = caller(layer, x.to(dtype), compiled)
+    for other, module in peers(low).items():
+        call = caller(module, x.to(dtype), compiled)
+        try:
+            call()
+        except Exception as error:
+            notes.append(f"{other} does not run: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+            continue
+        calls[other] = call
+    figures = measure.interleaved(calls, rounds=rounds, warmup=2, device=device)
+    return {"figures": {key: one.to_dict() for key, one in figures.items()}, "notes": notes}
+
+
+def model_case(name: str, dtype: torch.dtype, compiled: bool, rounds: int, device: str) -> dict[str, Any]:
+    """A call of the denoiser under guidance (two samples), float and quantised with each layer's fastest way."""
+    pipe = vislr.load(name).to(device)
+    plain = getattr(pipe, "unet", None) or pipe.transformer
+    options = {} if hasattr(pipe, "unet") else {"max_sequence_length": 16}
+    runs = Trajectories(("",), 1, 1, 4, options=options)
+    inputs = trajectory_inputs(pipe, runs)[0]
+    half = {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() and k != "timestep" else v
+            for k, v in inputs.items()}  # fmt: skip
+    models = {str(dtype).removeprefix("torch."): (copy.deepcopy(plain).to(dtype), half)}
+    if dtype != torch.float32:
+        models["float32"] = (plain, inputs)
+    notes = []
+    plans = {"W8A8 static": ptq_plan(pipe, 8, 8, source=runs), "W4A16": weight_only_plan(pipe, 4)}
+    for kind, plan in plans.items():
+        model = copy.deepcopy(plain)
+        vislr.apply(model, plan)
+        model = model.to(dtype)
+        ways = choose_ways(model, half)
+        notes += [f"{name} {kind}: {note}" for note in ways.notes()]
+        notes.append(f"{name} {kind}: {sizes(plain).total / 1e6:.2f} -> {sizes(model).total / 1e6:.2f} MB")
+        models[f"vislr {kind}"] = (model, half)
+
+    def call(model: Any, kwargs: dict[str, Any]) -> Callable[[], Any]:
+        run = torch.compile(model) if compiled else model
+
+        def once() -> Any:
+            with torch.no_grad():
+                return run(**kwargs)
+
+        return once
+
+    calls = {key: call(model, kwargs) for key, (model, kwargs) in models.items()}
+    figures = measure.interleaved(calls, rounds=rounds, warmup=2, device=device)
+    return {"figures": {key: one.to_dict() for key, one in figures.items()}, "notes": notes}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="compile every layer and model")
+    parser.add_argument("--only", nargs="*", default=[*LINEARS, "embedded"], help="cases; embedded: --models")
+    parser.add_argument("--models", nargs="*", default=["emoji-unet"], help="pipelines whose denoiser is timed")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--folder", type=Path, default=None, help="where cases are kept")
+    parser.add_argument("--name", default="quant-speed", help="of the record")
+    a = parser.parse_args()
+    how = f"{a.dtype}-{a.device}{'-compiled' if a.compile else ''}"
+    folder = a.folder or Path("runs") / f"quant-speed-{how}"
+    dtype = getattr(torch, a.dtype)
+    cases = [name for name in a.only if name != "embedded"]
+    unknown = [name for name in cases if name not in LINEARS]
+    if unknown:
+        parser.error(f"no case '{unknown[0]}'; choose from {', '.join([*LINEARS, 'embedded'])}")
+    cases += a.models if "embedded" in a.only else []
+    absent = [name for name in PEERS if importlib.util.find_spec(name) is None]
+    log = f"peers that are not installed: {', '.join(absent) or 'none'}\n"
+    figures: dict[str, Measurement] = {}
+    for name in cases:
+        path = folder / f"{name}.json"
+        if not path.is_file():
+            make = linear_case if name in LINEARS else model_case
+            write_json(path, make(name, dtype, a.compile, a.rounds, a.device))
+        case = read_json(path)
+        for key, value in case["figures"].items():
+            one = Measurement.from_dict(value | {"settings": value["settings"] | {"compiled": a.compile}})
+            figures[f"{name} {key}"] = one
+            ratio = f", {one.parts['speedup']}" if "speedup" in one.parts else ""
+            line = f"{name} {key}: {one}{ratio}"
+            log += line + "\n"
+            print(line, flush=True)
+        log += "".join(note + "\n" for note in case["notes"])
+        print("\n".join(case["notes"]), flush=True)
+    command = f"python benchmarks/quant_speed.py --dtype {a.dtype} --device {a.device} --rounds {a.rounds}"
+    command += f"{' --compile' if a.compile else ''} --only {' '.join(a.only)} --models {' '.join(a.models)}"
+    print(measure.write_record(f"{a.name}-{how}", figures, log=log, command=command, seed=0))
+
+
+if __name__ == "__main__":
+    main()
