@@ -92,7 +92,8 @@ class ComposeConfig:
     save: str | None = None
     """Folder for the pipeline with its adapters and the plan of the first method; `vislr.load` puts all of it back."""
     out: str = "runs/compose"
-    """Folder for the pictures, grid.png, and METHOD.json and report.txt with the plans and what they cost."""
+    """Folder for the pictures, grid.png, METHOD.json and report.txt with the plans and what they cost, and turns.png:
+    who runs in which step."""
 
     def __post_init__(self) -> None:
         if not self.adapters:
@@ -105,6 +106,10 @@ class ComposeConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; expected 1 or more")
+        from vislr.compose.building import options_of  # knows the methods; slow to import, so last
+
+        for method in self.methods:
+            options_of(method)
 
 
 @dataclass
@@ -170,6 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines += found.lines()
         write_text(folder / "conflicts.txt", "\n".join(found.lines(len(found.layers))) + "\n")
         write_picture(folder / "conflicts.png", compose.conflict_picture(found), {"adapters": config.adapters})
+    write_picture(folder / "turns.png", compose.turns_picture(list(plans.values())), plain_data(config))
     print("\n".join(lines))
     write_text(folder / "report.txt", "\n".join(lines) + "\n")
     dump_config(config, folder / "config.yaml")

@@ -16,6 +16,7 @@ from vislr import cache, compose
 from vislr.adapters import inject
 from vislr.cache.plan import Refresh
 from vislr.compose.evaluate import compose_hook
+from vislr.compose.handler import put_plan, take_plan
 from vislr.core.errors import AdapterError, ConfigError, TargetError, UndoError
 
 
@@ -86,7 +87,7 @@ def test_one_adapter_of_every_kind_is_plain_sampling(sd, kind):
             assert torch.isfinite(sd.draw(steps=2)).all()
         assert_same(before, snapshot(sd))
     finally:
-        vislr.remove(sd.pipe, report)
+        sd.take(report)
 
 
 def test_sums_are_diffusers_own_and_linear_merging_is_not(sd):
@@ -148,13 +149,12 @@ def test_identical_adapters_give_one_of_them_by_every_mixing(sd):
             with compose.composed(sd.pipe, plan):
                 torch.testing.assert_close(sd.draw(), single, rtol=1e-4, atol=1e-5)
     finally:
-        for report in reports:
-            vislr.remove(sd.pipe, report)
+        sd.take(*reports)
 
 
 def test_zero_adapters_are_the_base(sd):
-    reports = [vislr.apply(sd.pipe, LoraConfig(r=2, target_modules=["to_q"]), name=name) for name in ("p", "q")]
-    vislr.set_adapters(sd.pipe, [])
+    reports = [inject.attach(sd.model, LoraConfig(r=2, target_modules=["to_q"]), name) for name in ("p", "q")]
+    inject.set_adapters(sd.model, [])
     try:
         base = sd.draw()
         for method in compose.METHODS:
@@ -164,8 +164,7 @@ def test_zero_adapters_are_the_base(sd):
             with compose.composed(sd.pipe, plan):
                 torch.testing.assert_close(sd.draw(), base, rtol=1e-4, atol=1e-5)
     finally:
-        for report in reports:
-            vislr.remove(sd.pipe, report)
+        sd.take(*reports)
 
 
 def test_refreshing_always_is_no_cache_bit_for_bit_and_beta_one_is_composite(tiny):
@@ -226,33 +225,39 @@ def test_composite_is_the_mean_of_guided_predictions(sd):
 def test_generation_exceptions_and_cancelling_leave_no_trace(sd, method):
     before = snapshot(sd)
     plain = sd.draw()
-    plan = compose.compose_plan(sd.pipe, NAMES, None, method)
-    report = vislr.apply(sd.pipe, plan, name="mix")
-    right = sd.draw()
-    assert_same(before, snapshot(sd))
 
     def stop(pipe, step, timestep, values):
         raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        sd.draw(callback_on_step_end=stop)
 
     def cancel(pipe, step, timestep, values):
         pipe._interrupt = True
         return values
 
-    sd.draw(callback_on_step_end=cancel)
-    # A failure in the middle of a forward.
-    layer = sd.model.get_submodule("up_blocks.1.resnets.0")
-    handle = layer.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("inside")))
-    with pytest.raises(RuntimeError, match="inside"):
-        sd.draw()
-    handle.remove()
-    assert_same(before, snapshot(sd))
-    assert torch.equal(sd.draw(), right)
-    vislr.remove(sd.pipe, report)
+    def fail(module, args):
+        raise RuntimeError("inside")
+
+    with compose.composed(sd.pipe, compose.compose_plan(sd.pipe, NAMES, None, method)):
+        right = sd.draw()
+        assert_same(before, snapshot(sd))
+        with pytest.raises(KeyboardInterrupt):
+            sd.draw(callback_on_step_end=stop)
+        sd.draw(callback_on_step_end=cancel)
+        # A failure in the middle of a forward.
+        handle = sd.model.get_submodule("up_blocks.1.resnets.0").register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="inside"):
+            sd.draw()
+        handle.remove()
+        assert_same(before, snapshot(sd))
+        assert torch.equal(sd.draw(), right)
     assert traces(sd.model) == []
     assert torch.equal(sd.draw(), plain)
+
+
+def test_a_plan_comes_off_once(sd):
+    report = vislr.apply(sd.pipe, compose.switch_plan(sd.pipe, ["a", "b"]), name="mix")
+    assert [step["change"]["kind"] for step in vislr.recipe_of(sd.pipe)] == ["compose"]
+    vislr.remove(sd.pipe, report)
+    assert traces(sd.model) == []
     with pytest.raises(UndoError):
         vislr.remove(sd.pipe, report)
 
@@ -332,9 +337,32 @@ def test_weights_by_layer(sd):
         wanted = sd.model.get_submodule(layer).get_delta_weight("a")
         torch.testing.assert_close(change.factors[0] @ change.factors[1], wanted, rtol=1e-5, atol=1e-6)
     unused = compose.merge_plan(sd.pipe, ["a", "c"], method="ties", layers={"up_block.*": (0, 1)})
-    with pytest.raises(TargetError, match="up_block"):
-        vislr.apply(sd.pipe, unused)
+    for plan in (unused, compose.merge_plan(sd.pipe, ["a", "c"], layers={"up_block.*": (0, 1)})):
+        with pytest.raises(TargetError, match="up_block"):
+            vislr.apply(sd.pipe, plan)
     assert traces(sd.model) == []
+
+
+@pytest.mark.parametrize("method", ["cat", "magnitude"])
+def test_weights_by_input(sd, method):
+    layer = sd.model.get_submodule("mid_block.resnets.0.conv1")
+    site, rng = "mid_block.resnets.0.conv1", torch.Generator().manual_seed(0)
+    inputs = torch.rand(layer.get_base_layer().in_channels, generator=rng)
+    other = compose.merge_plan(
+        sd.pipe, ["a", "b"], method=method, density=1.0, layers={site: (inputs.tolist(), 0.5), "*": (1, 1)}
+    )
+    assert compose.ComposePlan.from_dict(json.loads(json.dumps(other.to_dict()))) == other
+    with compose.composed(sd.pipe, other):
+        change = compose_hook(sd.model).changes[site]
+        assert torch.isfinite(sd.draw(steps=1)).all()
+    wanted = layer.get_delta_weight("a") * inputs[:, None, None]
+    made = change.weight if change.factors is None else (change.factors[0] @ change.factors[1]).reshape(wanted.shape)
+    torch.testing.assert_close(made, wanted, rtol=1e-5, atol=1e-6)
+    wrong = compose.merge_plan(sd.pipe, ["a", "b"], method=method, layers={site: ([1.0, 2.0], 1)})
+    with pytest.raises(ConfigError, match="2 weights by input"):
+        vislr.apply(sd.pipe, wrong)
+    with pytest.raises(ConfigError, match="cannot use"):
+        compose.merge_plan(sd.pipe, ["a", "b"], layers={site: ([1.0], 1)})
 
 
 def test_dare_drops_by_seed_and_layer_alone(sd):
@@ -360,7 +388,8 @@ def test_other_run_time_changes_beside_a_composition(sd):
     # Each adapter has features of its own in the cache beside.
     from vislr.cache.handler import schedule_of
 
-    assert {key for _, key in schedule_of(sd.model).state.store} == {(0, 0), (0, 1), (0, 2)}
+    store = schedule_of(sd.model).state.store
+    assert {key for (_, key), kept in store.items() if kept is not None} == {(0, 0), (0, 1), (0, 2)}
     for report in (deep, mix, tokens):
         vislr.remove(sd.pipe, report)
     assert traces(sd.model) == []
@@ -370,7 +399,7 @@ def test_other_run_time_changes_beside_a_composition(sd):
 
 
 def test_adapters_that_come_and_go_are_noticed(sd):
-    report = vislr.apply(sd.pipe, compose.composite_plan(sd.pipe, ["a", "b"]), name="mix")
+    put_plan(sd.model, compose.composite_plan(sd.pipe, ["a", "b"]), sd.pipe)
     right = sd.draw()
     new = vislr.apply(sd.pipe, LoraConfig(r=2, target_modules=["to_q", "proj_in"]), name="new")
     fill(sd.model, "new", 3)
@@ -378,14 +407,14 @@ def test_adapters_that_come_and_go_are_noticed(sd):
     # It is not in the plan: off while the plan is on.
     assert torch.equal(sd.draw(), right)
     vislr.remove(sd.pipe, new)
-    vislr.remove(sd.pipe, report)
+    take_plan(sd.model)
     vislr.set_adapters(sd.pipe, [])
     gone = sd.put("gone", LoraConfig(r=2, target_modules=["to_q"]), 1)
-    report = vislr.apply(sd.pipe, compose.merge_plan(sd.pipe, ["a", "gone"]), name="mix")
-    vislr.remove(sd.pipe, gone)
+    put_plan(sd.model, compose.merge_plan(sd.pipe, ["a", "gone"]), sd.pipe)
+    sd.take(gone)
     with pytest.raises(AdapterError, match="'gone'"):
         sd.draw()
-    vislr.remove(sd.pipe, report)
+    take_plan(sd.model)
     assert traces(sd.model) == []
 
 
@@ -412,7 +441,7 @@ def test_wrong_plans_are_refused_and_change_nothing(sd):
     with pytest.raises(ConfigError, match="batched"):
         vislr.apply(sd.pipe, compose.composite_plan(sd.pipe, ["a", "turn"], passes="batched"))
     assert traces(sd.model) == []
-    vislr.remove(sd.pipe, report)
+    sd.take(report)
     report = vislr.apply(sd.pipe, compose.merge_plan(sd.pipe, ["a"]))
     with pytest.raises(ConfigError, match="already"):
         vislr.apply(sd.pipe, compose.switch_plan(sd.pipe, ["a", "b"]))
@@ -420,8 +449,8 @@ def test_wrong_plans_are_refused_and_change_nothing(sd):
 
 
 def test_a_saved_folder_brings_its_composition_back(tmp_path):
-    tiny = Tiny("sd")
-    plan = compose.cmlora_plan(tiny.pipe, NAMES, [1.0, 0.5, 0.8], high=["a", "c"], steps=4)
+    tiny = Tiny("sd", ("a", "b"))
+    plan = compose.cmlora_plan(tiny.pipe, ["a", "b"], [1.0, 0.5], high=["a"], steps=4)
     report = vislr.apply(tiny.pipe, plan, name="mix")
     right = tiny.draw()
     vislr.save(tiny.pipe, tmp_path / "folder")
@@ -438,7 +467,7 @@ def test_a_saved_folder_brings_its_composition_back(tmp_path):
 
 def test_a_plan_keeps_no_pipeline_alive():
     tiny = Tiny("sd")
-    vislr.apply(tiny.pipe, compose.composite_plan(tiny.pipe, NAMES), name="mix")
+    put_plan(tiny.model, compose.composite_plan(tiny.pipe, NAMES), tiny.pipe)
     tiny.draw(steps=1)
     held, tiny.pipe = weakref.ref(tiny.pipe), None
     gc.collect()

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vislr
 from vislr import cache, compose
+from vislr.adapters.inject import adapter_layers
 from vislr.anatomy import sample_inputs, skeleton
 from vislr.cache.plan import Refresh
 from vislr.compose.costing import formula
@@ -52,23 +53,25 @@ def test_full_forwards_a_step(sd, method, forwards):
     report = vislr.apply(sd.pipe, compose.compose_plan(sd.pipe, NAMES, None, method, **words), name="mix")
     assert report.flops[1] / report.flops[0] == pytest.approx(forwards, rel=0.03)
     assert f"{forwards:.2f} full forwards a step" in str(report) or method == "switch"
-    assert report.sites == tuple(dict.fromkeys(s for n in NAMES for s in vislr.adapters.adapter_layers(sd.model, n)))
+    assert report.sites == tuple(dict.fromkeys(s for n in NAMES for s in adapter_layers(sd.model, n)))
     vislr.remove(sd.pipe, report)
 
 
+@pytest.mark.slow
 def test_a_cached_pass_of_sd15_costs_0_38_of_a_whole_one():
     model = skeleton("sd15", {})
     plan = cache.interval_plan(model, 2, steps=2)
     assert (plan.regions[0].first, plan.regions[0].last) == ("down_blocks.1", "up_blocks.2")
     report = vislr.apply(model, plan)
     rho = 2 * report.flops[1] / report.flops[0] - 1
-    assert rho == pytest.approx(0.383, abs=0.001)
+    assert rho == pytest.approx(0.380, abs=0.001)
     # N rho + |K|/T (1 - rho) + (N - 1)(1 - rho)/T at T = 220, |K| = 92.
     refreshes = len(Refresh(edges=2, middle=3).steps(220))
-    assert [round(formula(n, rho, refreshes, 220), 2) for n in (2, 3, 4, 5)] == [1.03, 1.41, 1.8, 2.18]
+    assert [round(formula(n, rho, refreshes, 220), 2) for n in (2, 3, 4, 5)] == [1.02, 1.41, 1.79, 2.17]
     vislr.remove(model, report)
 
 
+@pytest.mark.slow
 def test_the_boundary_of_sdxl_runs_attention():
     model = skeleton("sdxl", {})
     assert cache.region_at(model, "up_blocks.1").last == "up_blocks.0"

@@ -10,6 +10,7 @@ from peft import LoraConfig
 
 import vislr
 from vislr import compose
+from vislr.adapters.inject import adapter_layers
 from vislr.core.errors import AdapterError, ConfigError, FormatError
 
 
@@ -102,15 +103,13 @@ def test_conflicts_of_known_changes(sd):
     config = LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"])
     reports = [sd.put(name, config, 4) for name in ("p", "same", "against", "elsewhere")]
     try:
-        for name, layer in vislr.adapters.adapter_layers(sd.model, "against").items():
-            layer.lora_B["against"].weight.data.neg_()
+        for layer in adapter_layers(sd.model, "against").values():
             # Another part of the output: no entry is changed by both.
             up = layer.lora_B["p"].weight.data
             up[len(up) // 2 :] = 0
             layer.lora_B["same"].weight.data.copy_(2 * up)
             layer.lora_B["against"].weight.data.copy_(-up)
             layer.lora_B["elsewhere"].weight.data[: len(up) // 2] = 0
-            assert name
         found = compose.conflicts(sd.pipe, ["p", "same", "against", "elsewhere"])
         pairs = {(one.first, one.second): one for one in found.pairs}
         assert pairs["p", "same"].cosine == pytest.approx(1)
@@ -118,7 +117,7 @@ def test_conflicts_of_known_changes(sd):
         assert pairs["p", "against"].cosine == pytest.approx(-1)
         assert pairs["p", "against"].overlap == pytest.approx(1)
         assert (pairs["p", "elsewhere"].cosine, pairs["p", "elsewhere"].overlap) == (0, 0)
-        layers = vislr.adapters.adapter_layers(sd.model, "p")
+        layers = adapter_layers(sd.model, "p")
         assert pairs["p", "same"].shared_layers == len(layers)
         assert len(found.layers) == 6 * len(layers) == len(found.table())
         norm = math.sqrt(sum(float(layer.get_delta_weight("p").norm()) ** 2 for layer in layers.values()))
@@ -126,8 +125,7 @@ def test_conflicts_of_known_changes(sd):
         assert any("cosine -1.000" in line for line in found.lines())
         assert len(compose.conflicts(sd.pipe, ["p", "same"], top=2).layers) == 2
     finally:
-        for report in reports:
-            vislr.remove(sd.pipe, report)
+        sd.take(*reports)
 
 
 def test_conflicts_need_two_adapters(sd):

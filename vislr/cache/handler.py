@@ -124,7 +124,7 @@ def put_hooks(module: Any, plan: CachePlan, scheduler: Callable[[], Any] | None 
     """Check the plan against the model, then hook it; returns the names of the modules that carry a hook."""
     if schedule_of(module) is not None:
         raise ConfigError("a cache plan is on this model already; remove it first")
-    state = CacheState()
+    state = CacheState(len(plan.regions))
     hooks = hooks_for(module, plan, state)
     for name, hook in hooks.items():
         put_on(module.get_submodule(name), hook, HOOK_NAME)

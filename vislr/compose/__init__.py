@@ -14,6 +14,7 @@ from vislr.compose.costing import Cost
 from vislr.compose.fourier import high_share
 from vislr.compose.handler import composed, cost
 from vislr.compose.overlaps import Conflicts, LayerConflict, PairConflict, conflict_picture, conflicts
+from vislr.compose.picture import turns_picture
 from vislr.compose.plan import METHODS, ComposePlan, Dominance, LayerWeights, Merging, Switching
 from vislr.compose.profiles import (
     Profile,
@@ -59,6 +60,7 @@ __all__ = [
     "split_profiles",
     "switch_plan",
     "turns",
+    "turns_picture",
     "w_composite_plan",
     "w_switch_plan",
     "write_profile",

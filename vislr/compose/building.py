@@ -60,7 +60,7 @@ def merge_plan(
     density: float = 0.5,
     rank: int | None = None,
     seed: int = 0,
-    layers: Mapping[str, Sequence[float]] | None = None,
+    layers: Mapping[str, Sequence[float | Sequence[float]]] | None = None,
     text_adapters: Sequence[str] | None = None,
     steps: int = 25,
 ) -> ComposePlan:
@@ -70,7 +70,8 @@ def merge_plan(
         density: share of entries that "ties", "dare", "dare_ties", "magnitude" keep.
         rank: largest rank of a merged layer; None: whole.
         seed: of what DARE drops.
-        layers: pattern of layer names -> weights there, one an adapter.
+        layers: pattern of layer names -> weights there, one an adapter; of the merged methods a weight may be a
+            list, one number an input of the layer.
         text_adapters: adapters that are on in the text encoders; None: all.
         steps: of a run, for the averages of the report.
 
@@ -78,7 +79,10 @@ def merge_plan(
         AdapterError: an adapter is not there. ConfigError: an impossible value.
     """
     names = _checked(pipe, adapters)
-    special = tuple(LayerWeights(pattern, tuple(map(float, own))) for pattern, own in (layers or {}).items())
+    special = tuple(
+        LayerWeights(pattern, tuple(float(w) if isinstance(w, (int, float)) else tuple(map(float, w)) for w in own))
+        for pattern, own in (layers or {}).items()
+    )
     return ComposePlan(
         names,
         _weights(weights),

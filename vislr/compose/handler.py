@@ -20,7 +20,7 @@ from vislr.cache.regions import region_at
 from vislr.cache.state import CacheState
 from vislr.compose.costing import Cost, plan_cost
 from vislr.compose.evaluate import OWNER, ComposeHook, Conductor, check_adapters, compose_hook
-from vislr.compose.merged import merged_changes
+from vislr.compose.merged import check_patterns, merged_changes
 from vislr.compose.plan import MERGED, MIXED, ComposePlan
 from vislr.compose.routing import HOOK_NAME, Route, put_layer_hooks, separable, take_layer_hooks
 from vislr.core.clock import Clock, scheduler_of
@@ -106,6 +106,7 @@ def put_plan(module: Any, plan: ComposePlan, target: Any = None) -> None:
     others = [part for part in getattr(target, "components", {}).values()
               if isinstance(part, nn.Module) and part is not module and adapter_names(part)]  # fmt: skip
     check_adapters(module, plan, others)
+    check_patterns(module, plan)
     if plan.method == "merge" or plan.method in MERGED:
         check_one_carrier([name for name in carriers(module) if name in plan.adapters])
     state, hooks = _caches(module, plan)
@@ -114,19 +115,20 @@ def put_plan(module: Any, plan: ComposePlan, target: Any = None) -> None:
     changes = merged_changes(module, plan, plan.adapters) if merged else {}
     text_changes = [merged_changes(part, plan, texts) if merged and len(texts) > 1 else {} for part in others]
 
+    tokens = applied(module)
+    # Masks that the two halves of a guided batch share would be shared by other halves.
+    shared = tokens is not None and tokens.plan.guidance == "shared"
+    why = separable(module, plan.adapters) or (
+        "a token plan shares masks between halves of the batch" if shared else ""
+    )
+    if plan.passes == "batched" and why:
+        raise ConfigError(f"passes 'batched' cannot be: {why}; choose 'separate'")
+
     route = Route()
     context = step_context(module, OWNER)
     conductor = Conductor(plan, Clock(scheduler_of(target), plan.steps), context, state)
     conductor.channels = channels_of(module)
-    tokens = applied(module)
-    # Masks that the two halves of a guided batch share would be shared by other halves.
-    shared = tokens is not None and tokens.plan.guidance == "shared"
-    able = not separable(module, plan.adapters) and not shared
-    if plan.passes == "batched" and not able:
-        remove_step_context(module, OWNER)
-        why = separable(module, plan.adapters) or "a token plan shares masks between the halves of the batch"
-        raise ConfigError(f"passes 'batched' cannot be: {why}; choose 'separate'")
-    hook = ComposeHook(plan, conductor, route, state, able and plan.passes != "separate")
+    hook = ComposeHook(plan, conductor, route, state, not why and plan.passes != "separate")
     hook.changes, hook.others, hook.cached = changes, tuple(map(weakref.ref, others)), tuple(hooks)
 
     def ready() -> None:

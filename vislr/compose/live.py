@@ -87,7 +87,7 @@ def _factors(layer: Any, name: str) -> Factors | None:
     down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
     if getattr(layer.get_base_layer(), "groups", 1) != 1 or getattr(layer, "fan_in_fan_out", False):
         return None
-    return wide(up).flatten(1) * layer.scaling[name], wide(down).flatten(1)
+    return wide(up.detach()).flatten(1) * layer.scaling[name], wide(down.detach()).flatten(1)
 
 
 def _dora(layer: Any, name: str, change: torch.Tensor, site: str) -> torch.Tensor:

@@ -13,9 +13,10 @@ from torch import nn
 from torch.func import functional_call
 
 from vislr.adapters.geometry import geometry_of
+from vislr.adapters.inject import plain_name, tuner_layers
 from vislr.compose.live import Delta, deltas
 from vislr.compose.plan import ComposePlan
-from vislr.core.errors import TargetError, hint
+from vislr.core.errors import ConfigError, TargetError, hint
 from vislr.core.merging import LowRank, low_rank_of, low_rank_sum, merge_deltas, resized
 
 
@@ -64,35 +65,58 @@ def _plus(base: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
     return (base.to(change.dtype) + change.to(base.device)).to(base.dtype)
 
 
+@torch.no_grad()
 def merged_changes(module: nn.Module, plan: ComposePlan, names: tuple[str, ...]) -> dict[str, Change]:
     """Layer -> what these of the plan's adapters do to it together, by the plan's method.
 
     Raises:
         AdapterError: a kind that is no addition to a weight, or values that are not finite.
-        TargetError: a pattern of weights by layer fits no layer that is changed.
+        ConfigError: as many weights by input as a layer has not.
     """
-    unused = {layer.pattern for layer in plan.merging.layers}
     made = {}
-    sites = []
     for site, found in deltas(module, names):
-        sites.append(site)
-        weights = layer_weights(plan, site, unused)
-        chosen = {name: (delta, weights[name]) for name, delta in found.items()}
-        made[site] = _merge(plan, site, chosen)
-    if unused and sites:
-        pattern = min(unused)
-        raise TargetError(f"no changed layer is called '{pattern}'{hint(pattern, sites)}")
+        weights = layer_weights(plan, site)
+        made[site] = _merge(plan, site, {name: _weighted(delta, weights[name], site) for name, delta in found.items()})
     return made
 
 
-def layer_weights(plan: ComposePlan, site: str, unused: set[str] | None = None) -> dict[str, float]:
-    """Adapter -> its weight on this layer; patterns that fit are taken out of `unused`."""
+def check_patterns(module: nn.Module, plan: ComposePlan) -> None:
+    """Refuse weights by layer whose pattern fits no layer of the plan's adapters.
+
+    Raises:
+        TargetError: names the nearest layers.
+    """
+    if not plan.merging.layers:
+        return
+    own = [layer for layer in tuner_layers(module) if set(plan.adapters) & layer[1]._get_available_adapters()]
+    sites = list(dict.fromkeys(plain_name(path) for path, _ in own))
+    for layer in plan.merging.layers:
+        if not any(fnmatch.fnmatchcase(site, layer.pattern) for site in sites):
+            raise TargetError(f"no changed layer is called '{layer.pattern}'{hint(layer.pattern, sites)}")
+
+
+def layer_weights(plan: ComposePlan, site: str) -> dict[str, Any]:
+    """Adapter -> its weight on this layer."""
     for layer in plan.merging.layers:
         if fnmatch.fnmatchcase(site, layer.pattern):
-            if unused is not None:
-                unused.discard(layer.pattern)
             return dict(zip(plan.adapters, layer.weights, strict=True))
     return dict(zip(plan.adapters, plan.weights, strict=True))
+
+
+def _weighted(delta: Delta, weight: float | tuple[float, ...], site: str) -> tuple[Delta, float]:
+    """A delta and its weight; weights by input are multiplied into the delta, as ZipLoRA does (arXiv 2311.13600)."""
+    if not isinstance(weight, tuple):
+        return delta, weight
+    shape = delta.weight.shape
+    if len(shape) < 2 or len(weight) != shape[1]:
+        raise ConfigError(f"{len(weight)} weights by input for '{site}', whose weight has the shape {tuple(shape)}")
+    inputs = torch.tensor(weight, dtype=delta.weight.dtype, device=delta.weight.device)
+    factors = delta.factors
+    if factors is not None:
+        up, down = factors
+        factors = up, (down.unflatten(1, (shape[1], -1)) * inputs[:, None]).flatten(1)
+    scaled = delta.weight * inputs.reshape(-1, *(1,) * (len(shape) - 2))
+    return Delta(scaled, delta.bias, factors), 1.0
 
 
 def _merge(plan: ComposePlan, site: str, parts: dict[str, tuple[Delta, float]]) -> Change:

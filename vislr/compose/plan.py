@@ -41,11 +41,13 @@ class LayerWeights:
 
     Attributes:
         pattern: of layer names, with `*` and `?`.
-        weights: one an adapter, in the plan's order; they take the place of the plan's own.
+        weights: one an adapter, in the plan's order; they take the place of the plan's own. Of the merged
+            methods a weight may be a list, one number an input of the layer (ZipLoRA's mergers); zeros and
+            ones choose an adapter for a layer (as K-LoRA does).
     """
 
     pattern: str
-    weights: tuple[float, ...]
+    weights: tuple[float | tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,8 @@ class ComposePlan:
                 raise ConfigError(
                     f"'{layer.pattern}' has {len(layer.weights)} weights for {len(self.adapters)} adapters"
                 )
+            if self.method == "merge" and any(isinstance(weight, tuple) for weight in layer.weights):
+                raise ConfigError(f"'{layer.pattern}' has weights by input, which 'merge' cannot use; choose 'cat'")
         if merging.layers and self.method not in ("merge", *MERGED):
             raise ConfigError(f"weights by layer are of merging; the method is '{self.method}'")
 

@@ -154,9 +154,9 @@ def put_layer_hooks(module: nn.Module, plan: ComposePlan, route: Route, changes:
         seen.add(site)
         if hook_of(layer, HOOK_NAME) is not None:
             continue
-        weights = (
-            layer_weights(plan, site) if plan.merging.layers else dict(zip(plan.adapters, plan.weights, strict=True))
-        )
+        # Merged methods have weights by layer in their changes.
+        special = plan.merging.layers and plan.method == "merge"
+        weights = layer_weights(plan, site) if special else dict(zip(plan.adapters, plan.weights, strict=True))
         scalings = {name: _scaling(layer, name, weights[name]) for name in plan.adapters
                     if name in layer._get_available_adapters()}  # fmt: skip
         put_on(layer, LayerHook(route, scalings, changes.get(site) if outermost else None), HOOK_NAME)
