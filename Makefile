@@ -3,12 +3,13 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 QUICK = runs/quickstart
 
-.PHONY: help quickstart test test-slow lint env wheel clean
+.PHONY: help quickstart test test-slow browser lint env wheel clean
 
 help:
 	@echo "make quickstart   environment, train an adapter on 200 pictures, before/after grid (no GPU needed)"
 	@echo "make test         environment, then every fast test"
 	@echo "make test-slow    the tests that take minutes"
+	@echo "make browser      Chromium, for the test of the studio's page (Debian, Ubuntu; as root)"
 	@echo "make lint         ruff and mypy"
 	@echo "make wheel        dist/*.whl"
 
@@ -31,6 +32,12 @@ test: env
 
 test-slow: env
 	$(BIN)/python -m pytest -m slow
+
+# Without a browser the test of the page is skipped, and says so.
+browser:
+	command -v chromium chromium-browser google-chrome || \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } || \
+	  echo "no Chromium could be installed: the test of the page will be skipped"
 
 lint: env
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -4,7 +4,8 @@
 module         what
 =============  ==========================================================================
 `app`          the command: config, limits, the server
-`page`         the page (the only module that imports gradio)
+`page`         the page: where everything stands (gradio)
+`handlers`     what its buttons do (gradio)
 `view`         what the page shows, as HTML
 `studio`       who is there: sessions, and the pipelines that they share
 `session`      one user: adapters, pictures, files

@@ -111,7 +111,6 @@ def start(config: DemoConfig, *, wait: bool = True) -> tuple[Any, Any, str]:
             server_name=config.host,
             server_port=config.port or None,
             max_file_size=studio.upload_bytes,
-            allowed_paths=[str(studio.root)],
             theme=gr.themes.Default(primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             css=view.CSS,
             inbrowser=config.browser,

@@ -11,12 +11,12 @@ from typing import Any
 
 import gradio as gr
 
-from vislr.core.errors import AdapterError, VislrError
+from vislr.core.errors import AdapterError, ConfigError, VislrError
 from vislr.demos import saving, view
-from vislr.demos.runs import PROMPT_AWARE, Run, Wanted, drawing, profiling, unexpected
+from vislr.demos.runs import PROMPT_AWARE, Run, Wanted, drawing, methods, profiling, unexpected
 from vislr.demos.session import MOST_ADAPTERS, Session
 from vislr.demos.studio import Studio
-from vislr.demos.uploads import Taken, discard, label_of, take
+from vislr.demos.uploads import Taken, discard, label_of
 
 # The grid has at most so many columns; it wraps.
 MOST_COLUMNS = 4
@@ -24,6 +24,13 @@ MOST_COLUMNS = 4
 _LOOK = 0.3
 _log = logging.getLogger("vislr.demos")
 Changes = dict[Any, Any]
+
+
+def _key(request: gr.Request) -> str:
+    """Which window asks."""
+    if not request.session_hash:
+        raise ConfigError("this page has no session; load it again")
+    return request.session_hash
 
 
 def _said(error: Exception) -> str:
@@ -98,16 +105,16 @@ class Handlers:
     @_safely
     def enter(self, request: gr.Request) -> Changes:
         """A page was opened."""
-        return self._shown(self.studio.ready(request.session_hash))
+        return self._shown(self.studio.ready(_key(request)))
 
     def leave(self, request: gr.Request) -> None:
         """It was closed."""
-        self.studio.close(request.session_hash)
+        self.studio.close(_key(request))
 
     @_safely
     def choose(self, request: gr.Request, name: str) -> Changes:
         """Another pipeline."""
-        session = self.studio.choose(request.session_hash, str(name or ""))
+        session = self.studio.choose(_key(request), str(name or ""))
         return self._shown(session)
 
     def _put_on(self, session: Session, found: list[Taken], any_base: bool) -> Changes:
@@ -127,11 +134,11 @@ class Handlers:
     @_safely
     def upload(self, request: gr.Request, files: list[str] | None, any_base: bool) -> Changes:
         """Files were uploaded."""
-        session = self.studio.ready(request.session_hash)
+        session = self.studio.ready(_key(request))
         files = [files] if isinstance(files, str) else list(files or ())
         if len(files) > 2 * MOST_ADAPTERS:
             raise AdapterError(f"{len(files)} files at once; at most {MOST_ADAPTERS} adapters can be loaded")
-        return self._put_on(session, take(files, session.folder, self.studio.upload_bytes), any_base)
+        return self._put_on(session, session.take(files), any_base)
 
     @_safely
     def list_folder(self, folder: str) -> Changes:
@@ -141,7 +148,7 @@ class Handlers:
     @_safely
     def add(self, request: gr.Request, folder: str, names: list[str], any_base: bool) -> Changes:
         """Files of a folder were chosen."""
-        session = self.studio.ready(request.session_hash)
+        session = self.studio.ready(_key(request))
         library = self.studio.library(folder)
         missing = [name for name in names or () if name not in library]
         if missing or not names:
@@ -155,7 +162,7 @@ class Handlers:
         """The handler of the button that removes the adapter of this row."""
 
         def remove(self: Handlers, request: gr.Request) -> Changes:
-            session = self.studio.ready(request.session_hash)
+            session = self.studio.ready(_key(request))
             for adapter in list(session.adapters.values()):
                 if adapter.place == place:
                     session.remove(adapter.label)
@@ -185,9 +192,12 @@ class Handlers:
     def _wanted(self, session: Session, values: tuple[Any, ...]) -> Wanted:
         given = dict(zip(self.SETTINGS, values, strict=False))
         weights, triggers = self._weights(session, values[len(self.SETTINGS) :])
+        # In the order of the page, not of the clicks.
+        order = list(methods())
+        chosen = sorted(given["methods"] or (), key=lambda name: order.index(name) if name in order else -1)
         whole = {name: int(given[name] or 0) for name in ("steps", "seed", "count", "every", "refresh")}
         return Wanted(
-            methods=tuple(given["methods"] or ()), weights=weights, triggers=triggers,
+            methods=tuple(chosen), weights=weights, triggers=triggers,
             prompt=str(given["prompt"] or ""), negative=str(given["negative"] or ""),
             guidance=float(given["guidance"] or 0), density=float(given["density"] or 0),
             size=int(given["size"] or 0) or None, **whole,
@@ -225,7 +235,7 @@ class Handlers:
     @_streaming
     def generate(self, request: gr.Request, *values: Any) -> Iterator[Changes]:
         """Pictures by every chosen method."""
-        ui, session = self.ui, self.studio.ready(request.session_hash)
+        ui, session = self.ui, self.studio.ready(_key(request))
         wanted = self._wanted(session, values)
         run, count = drawing(session, wanted), -1
 
@@ -250,22 +260,22 @@ class Handlers:
 
     def skip(self, request: gr.Request) -> None:
         """Leave out the method that runs."""
-        session = self.studio.session(request.session_hash)
+        session = self.studio.session(_key(request))
         if session.run is not None:
             session.run.skip()
 
     def stop(self, request: gr.Request) -> None:
         """End what runs."""
-        self.studio.session(request.session_hash).stop()
+        self.studio.session(_key(request)).stop()
 
     def pick(self, request: gr.Request, event: gr.SelectData) -> Changes:
         """A picture of the grid was chosen."""
-        pictures = self.studio.session(request.session_hash).shown
+        pictures = self.studio.session(_key(request)).shown
         return self._details(pictures, event.index, "picked", "picture_file")
 
     def recall(self, request: gr.Request, event: gr.SelectData) -> Changes:
         """A picture of the history was chosen."""
-        session = self.studio.session(request.session_hash)
+        session = self.studio.session(_key(request))
         changes = self._details(session.pictures, event.index, "remembered", "history_file")
         session.picked = session.pictures[event.index] if changes else None
         return {**changes, self.ui["again"]: gr.update(interactive=session.picked is not None)}
@@ -282,7 +292,7 @@ class Handlers:
     @_safely
     def again(self, request: gr.Request) -> Changes:
         """The settings of the chosen picture, back on the left side."""
-        session, ui = self.studio.session(request.session_hash), self.ui
+        session, ui = self.studio.session(_key(request)), self.ui
         if session.picked is None:
             raise AdapterError("choose a picture first")
         made = session.picked.made
@@ -302,7 +312,7 @@ class Handlers:
         """The Fourier profile of every adapter."""
         from vislr import compose
 
-        ui, session = self.ui, self.studio.ready(request.session_hash)
+        ui, session = self.ui, self.studio.ready(_key(request))
         wanted = self._wanted(session, values)
         run = profiling(session, wanted)
         steps = wanted.steps * wanted.count
@@ -320,7 +330,7 @@ class Handlers:
         """Where adapters change the same weights."""
         from vislr import compose
 
-        session = self.studio.ready(request.session_hash)
+        session = self.studio.ready(_key(request))
         names = {adapter.name: adapter.label for adapter in session.adapters.values()}
         if len(names) < 2:
             raise AdapterError(f"{len(names)} adapters are loaded; expected two or more to compare")
@@ -346,7 +356,7 @@ class Handlers:
     @_safely
     def save_grid(self, request: gr.Request) -> Changes:
         """The grid as one picture."""
-        session = self.studio.session(request.session_hash)
+        session = self.studio.session(_key(request))
         path = saving.save_grid(session, session.shown)
         return {self.ui["grid_file"]: gr.update(value=str(path), visible=True)}
 
@@ -355,7 +365,7 @@ class Handlers:
         self, request: gr.Request, name: str, way: str, format: str, rank: float, density: float, *values: Any
     ) -> Changes:
         """The adapters as one file."""
-        session = self.studio.ready(request.session_hash)
+        session = self.studio.ready(_key(request))
         weights, _ = self._weights(session, values)
         path, notes = saving.save_merged_adapter(
             session, weights, name=name or "", way=way, format=format, rank=int(rank or 0), density=float(density or 0)
@@ -365,7 +375,7 @@ class Handlers:
     @_safely
     def save_pipeline(self, request: gr.Request, name: str, *values: Any) -> Changes:
         """The pipeline with the adapters in it."""
-        session = self.studio.ready(request.session_hash)
+        session = self.studio.ready(_key(request))
         weights, _ = self._weights(session, values)
         return self._saved(*saving.save_merged_pipeline(self.studio, session, weights, name=name or ""))
 

@@ -1,4 +1,4 @@
-"""The page: where everything stands, and which handler each button calls. The only module that imports gradio."""
+"""The page: where everything stands, and which handler each button calls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vislr.formats.exchange import FORMATS
 from vislr.formats.weights import WAYS
 
 TITLE = "vislr studio"
-# Columns that fit beside the settings; more methods go into further rows.
+# Chosen at first.
 FIRST_METHODS = ("merge", "switch", "composite")
 
 
@@ -29,7 +29,7 @@ def build(studio: Studio, *, steps: int = 25, guidance: float = 4.0) -> gr.Block
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.HTML(f"<h1>{TITLE}</h1><p>adapters side by side: load, weigh, compare, merge</p>", elem_id="head")
         ui: dict[str, Any] = {"message": gr.HTML(elem_id="message")}
-        with gr.Row():
+        with gr.Row(elem_id="columns"):
             with gr.Column(scale=2, min_width=320):
                 _adapters(ui, studio)
                 _methods(ui, steps, guidance)
@@ -76,10 +76,10 @@ def _methods(ui: dict[str, Any], steps: int, guidance: float) -> None:
         elem_id="methods",
     )  # fmt: skip
     with gr.Row():
-        ui["steps"] = gr.Number(steps, label="Steps", precision=0, minimum=1, maximum=MOST_STEPS, min_width=80)
-        ui["guidance"] = gr.Number(guidance, label="Guidance", minimum=0, maximum=50, min_width=80)
-        ui["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, min_width=80)
-        ui["count"] = gr.Number(1, label="Pictures", precision=0, minimum=1, maximum=MOST_COUNT, min_width=80)
+        ui["steps"] = gr.Number(steps, label="Steps", precision=0, minimum=1, maximum=MOST_STEPS, min_width=60)
+        ui["guidance"] = gr.Number(guidance, label="Guidance", minimum=0, maximum=50, min_width=60)
+        ui["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, min_width=60)
+        ui["count"] = gr.Number(1, label="Pictures", precision=0, minimum=1, maximum=MOST_COUNT, min_width=60)
     with gr.Accordion("More settings, and what the methods are", open=False):
         ui["negative"] = gr.Textbox(label="Negative prompt", max_lines=2)
         with gr.Row():
@@ -100,9 +100,9 @@ def _methods(ui: dict[str, Any], steps: int, guidance: float) -> None:
 def _results(ui: dict[str, Any]) -> None:
     ui["prompt"] = gr.Textbox(label="Prompt", placeholder="a red car", lines=2, elem_id="prompt")
     with gr.Row():
-        ui["generate"] = gr.Button("Generate", variant="primary", min_width=120, elem_id="generate")
-        ui["skip"] = gr.Button("Skip one", interactive=False, min_width=90, elem_id="skip")
-        ui["stop"] = gr.Button("Stop", variant="stop", interactive=False, min_width=90, elem_id="stop")
+        ui["generate"] = gr.Button("Generate", variant="primary", min_width=90, elem_id="generate")
+        ui["skip"] = gr.Button("Skip", interactive=False, min_width=80, elem_id="skip")
+        ui["stop"] = gr.Button("Stop", variant="stop", interactive=False, min_width=70, elem_id="stop")
     with gr.Tabs():
         with gr.Tab("Pictures"):
             ui["progress"] = gr.HTML(elem_id="lines")
@@ -119,11 +119,11 @@ def _results(ui: dict[str, Any]) -> None:
             )
             ui["profile"] = gr.Button("Profile the adapters", size="sm", elem_id="profile")
             ui["profile_lines"] = gr.HTML()
-            ui["profile_picture"] = gr.Image(show_label=False, interactive=False, visible=False, format="png")
+            ui["profile_picture"] = _plot()
         with gr.Tab("Conflicts"):
             gr.Markdown("Where the adapters change the same weights, layer by layer.")
             ui["conflict"] = gr.Button("Compare the adapters", size="sm", elem_id="conflict")
-            ui["conflict_picture"] = gr.Image(show_label=False, interactive=False, visible=False, format="png")
+            ui["conflict_picture"] = _plot()
             ui["conflict_lines"] = gr.HTML()
         with gr.Tab("History"):
             ui["history"] = _gallery("history")
@@ -152,6 +152,12 @@ def _gallery(name: str) -> gr.Gallery:
         show_label=False, columns=3, height="auto", object_fit="contain", format="png", elem_id=name,
         buttons=["download", "fullscreen"], interactive=False, elem_classes="pictures",
     )  # fmt: skip
+
+
+def _plot() -> gr.Image:
+    return gr.Image(
+        show_label=False, interactive=False, visible=False, format="png", buttons=["download", "fullscreen"]
+    )
 
 
 def _download(name: str) -> gr.DownloadButton:

@@ -203,7 +203,9 @@ def drawing(session: Session, wanted: Wanted) -> Run:
             }
             path = session.folder / f"{line.method}-{seed}-{time.time_ns():x}.png"
             write_picture(path, image, made)
-            line.pictures.append(Picture(path, line.method if wanted.count == 1 else f"{line.method} {seed}", made))
+            line.pictures.append(
+                Picture(path, line.method if wanted.count == 1 else f"{line.method}, seed {seed}", made)
+            )
             session.remember(line.pictures[-1])
 
     return Run(session, [Line(method) for method in wanted.methods], work)
@@ -216,6 +218,7 @@ def profiling(session: Session, wanted: Wanted) -> Run:
         AdapterError: there is none. ConfigError, DataError: as `drawing`.
     """
     from vislr import compose
+    from vislr.train.sampling import stepping
 
     if not session.adapters:
         raise AdapterError("no adapter is loaded; load one or more first")
@@ -223,10 +226,11 @@ def profiling(session: Session, wanted: Wanted) -> Run:
     adapters = dict(session.adapters)
 
     def work(pipe: Any, line: Line, on_step: Callable[[], None]) -> None:
-        session.profiles[line.method] = compose.profile_adapters(
-            pipe, [adapters[line.method].name], [wanted.prompt], wanted.seeds, steps=wanted.steps,
-            guidance=wanted.guidance, progress=lambda *_: on_step(),
-        )[0]  # fmt: skip
+        with stepping(pipe, on_step):
+            (session.profiles[line.method],) = compose.profile_adapters(
+                pipe, [adapters[line.method].name], [wanted.prompt], wanted.seeds, steps=wanted.steps,
+                guidance=wanted.guidance,
+            )  # fmt: skip
 
     return Run(session, [Line(label) for label in adapters], work)
 

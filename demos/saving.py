@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from vislr.adapters import inject
 from vislr.core.errors import AdapterError, ConfigError, FormatError
 from vislr.core.files import atomic_path, check_output
 from vislr.demos.session import Loaded, Picture, Session
@@ -80,7 +83,6 @@ def save_merged_pipeline(
         AdapterError: no adapter is on. OutputError: no room on the disk.
     """
     from vislr import folders, recipe
-    from vislr.adapters import inject
     from vislr.record import modules_of
 
     adapters, values = _some(session, weights)
@@ -92,8 +94,7 @@ def save_merged_pipeline(
         recipe.load_adapter(pipe, adapter.path, name=own, any_base=True)
     recipe.set_adapters(pipe, names, values)
     for part in modules_of(pipe):
-        for _, layer in inject.tuner_layers(part):
-            layer.merge(adapter_names=[own for own in names if own in layer._get_available_adapters()])
+        _bake(part, names)
     place = folders.save(pipe, folder / slug(name))
     return _zipped(place), [
         f"{len(adapters)} adapters are in the weights; a folder of diffusers, {size / 2**20:,.1f} MiB"
@@ -128,6 +129,18 @@ def save_grid(session: Session, pictures: Sequence[Picture]) -> Path:
     path = session.folder / f"grid-{uuid.uuid4().hex[:6]}.png"
     write_picture(path, grid, {"pictures": [picture.made for picture in pictures]})
     return path
+
+
+def _bake(module: nn.Module, names: Sequence[str]) -> None:
+    """Merge these adapters and put the layers themselves back in the place of their tuner layers."""
+    layers = list(inject.tuner_layers(module))
+    for _, layer in layers:
+        layer.merge(adapter_names=[name for name in names if name in layer._get_available_adapters()])
+    for path, layer in layers:
+        # Of several kinds on one layer the outer one is in the layer's place.
+        if path == inject.plain_name(path):
+            parent, _, child = path.rpartition(".")
+            setattr(module.get_submodule(parent), child, layer.get_base_layer())
 
 
 def _some(session: Session, weights: Mapping[str, float]) -> tuple[list[Loaded], list[float]]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
+import os
 import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from vislr.core.errors import AdapterError, ConfigError, FormatError, VislrError, hint
 from vislr.core.report import Report
 from vislr.demos.shared import SharedPipeline
-from vislr.demos.uploads import Taken, slug
+from vislr.demos.uploads import Taken, slug, take
 
 if TYPE_CHECKING:
     from vislr.compose import Profile
@@ -135,18 +137,30 @@ class Session:
         """Whether the work should end."""
         return self._stop.is_set()
 
+    def take(self, files: Sequence[str | os.PathLike]) -> list[Taken]:
+        """Copy uploaded files into the session's folder.
+
+        Raises:
+            FormatError: a file is too large, or half of an adapter of peft.
+        """
+        from vislr.record import component_of
+
+        return take(files, self.folder, self.upload_bytes, component_of(self.pipeline.pipe)[0])
+
     def add(self, taken: Taken, any_base: bool = False) -> Loaded:
         """Put an adapter on the pipeline, inactive until a picture is made with it.
 
         Raises:
             AdapterError: it is damaged, does not fit, or there are too many; the pipeline is as it was.
         """
-        from vislr import recipe
+        from vislr import compose, recipe
 
         if len(self.adapters) >= MOST_ADAPTERS:
             raise AdapterError(f"{MOST_ADAPTERS} adapters are loaded, which is the most here; remove one first")
         label = self._free_label(taken.label)
         name = f"s{self.id}_{next(self._numbers)}_{slug(label)}"
+        # Beside a file of the folder; an upload comes alone.
+        profile = None if taken.owned else compose.read_profile(taken.path)
         with self.pipeline.held() as pipe:
             try:
                 report = recipe.load_adapter(pipe, taken.path, name=name, any_base=any_base)
@@ -155,6 +169,8 @@ class Session:
                 raise type(error)(readable(error, taken)) from error
             finally:
                 recipe.set_adapters(pipe, [])
+        if profile is not None:
+            self.profiles[label] = dataclasses.replace(profile, adapter=name)
         taken_places = {adapter.place for adapter in self.adapters.values()}
         place = next(number for number in itertools.count() if number not in taken_places)
         self.adapters[label] = Loaded(label, name, taken.path, kind, place, report)

@@ -144,9 +144,14 @@ class Studio:
             self._leave(session)
             shutil.rmtree(session.folder, ignore_errors=True)
 
+    def visitors(self) -> list[str]:
+        """Keys of the sessions that are open."""
+        with self._lock:
+            return list(self._sessions)
+
     def close_all(self) -> None:
         """End every session and remove all files."""
-        for key in list(self._sessions):
+        for key in self.visitors():
             self.close(key)
         shutil.rmtree(self.root, ignore_errors=True)
 

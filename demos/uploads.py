@@ -41,8 +41,12 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_\-]+", "_", text)[:40].strip("_") or "adapter"
 
 
-def take(files: Sequence[str | os.PathLike], folder: Path, limit: int) -> list[Taken]:
+def take(files: Sequence[str | os.PathLike], folder: Path, limit: int, component: str = "") -> list[Taken]:
     """Copy uploaded files into the session's folder: each file an adapter, the two files of peft one together.
+
+    Args:
+        limit: bytes of the largest file.
+        component: of the pipeline, that the two files of peft are for; they often do not say.
 
     Raises:
         FormatError: a file is larger than `limit` bytes, is no regular file, or half of a folder of peft.
@@ -62,9 +66,9 @@ def take(files: Sequence[str | os.PathLike], folder: Path, limit: int) -> list[T
         if weights is None:
             raise FormatError(f"'{PEFT_FILES[0]}' alone is no adapter; upload it together with '{PEFT_FILES[1]}'")
         inside = _place(folder, "peft")
-        inside.mkdir()
+        (inside / component).mkdir(parents=True)
         for path in (config, weights):
-            shutil.copyfile(path, inside / path.name)
+            shutil.copyfile(path, inside / component / path.name)
         found.append(Taken("peft", inside, True))
     for path in paths:
         if path in (config, weights) and config is not None:

@@ -31,11 +31,16 @@ CSS = """
 .pictures img {image-rendering: pixelated}
 .pictures .caption-label {max-width: 100% !important; left: 0; right: 0; bottom: 0; text-align: center; border: 0;
   border-radius: 0; opacity: .9} .pictures .grid-wrap {min-height: 0 !important; max-height: none !important}
+.pictures .grid-container {grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important}
 .slot {align-items: stretch !important; gap: 6px !important; flex-wrap: nowrap !important}
-.slot button {min-width: 34px !important; padding: 0 !important}
+.slot button {min-width: 34px !important; padding: 0 !important; flex: none !important}
+.slot .form, .slot .block {min-width: 0 !important}
+.lines .done, .lines .skipped, .lines .running {white-space: nowrap}
 #message {position: sticky; top: 6px; z-index: 40} #message .note {box-shadow: 0 2px 10px rgb(0 0 0 / .18)}
 #message:not(:has(.note)) {display: none}
-@media (max-width: 640px) {.gradio-container {padding: 8px !important} .slot {flex-wrap: wrap !important}}
+@media (max-width: 760px) {
+  #columns {flex-direction: column !important} #columns > .column {width: 100% !important}
+  .gradio-container, .main, .wrap, .contain, .column {min-width: 0 !important; max-width: 100vw !important}}
 footer {display: none !important}
 """
 
@@ -94,7 +99,7 @@ def made_lines(picture: Picture) -> str:
 
 def conflict_lines(found: Conflicts, most: int = 12) -> str:
     """Pairs of adapters, and the layers that they fight over most."""
-    head = "<tr><th>{}</th><th>cosine</th><th>overlap</th><th>{}</th></tr>"
+    head = "<tr><th>{}</th><th class=number>cosine</th><th class=number>overlap</th><th>{}</th></tr>"
 
     def row(what: str, cosine: float, overlap: float, more: str) -> str:
         figures = "".join(f'<td class="number">{value:+.3f}</td>' for value in (cosine, overlap))

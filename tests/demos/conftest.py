@@ -2,22 +2,10 @@
 
 import pytest
 import tiny
-import torch
+from demo_files import random_adapter
 
 import vislr
-from vislr.adapters.inject import adapter_parameters
 from vislr.demos.studio import Studio
-
-
-def adapter(pipe, path, change, seed, format="vislr", strength=0.3):
-    """A file of this config with random values; the pipeline is as before."""
-    report = vislr.apply(pipe, change, name=path.stem)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in adapter_parameters(pipe.unet, path.stem).values():
-        parameter.data = strength * torch.randn(parameter.shape, generator=generator)
-    vislr.save_adapter(pipe, path, name=path.stem, format=format)
-    vislr.remove(pipe, report)
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -31,12 +19,12 @@ def files(tmp_path_factory):
     library = root / "library"
     library.mkdir()
     found = {
-        "style": adapter(pipe, library / "style.safetensors", lora, 1),
-        "subject": adapter(pipe, library / "subject.safetensors", vislr.ConvLoraConfig(r=1), 2),
-        "kohya": adapter(pipe, library / "kohya.safetensors", lora, 3, format="kohya"),
-        "diffusers": adapter(pipe, library / "diffusers.safetensors", lora, 4, format="diffusers"),
-        "peft": adapter(pipe, library / "peft", lora, 5, format="peft"),
-        "sara": adapter(pipe, library / "sara.safetensors", vislr.SaraConfig(fraction=0.05), 6, strength=0.02),
+        "style": random_adapter(pipe, library / "style.safetensors", lora, 1),
+        "subject": random_adapter(pipe, library / "subject.safetensors", vislr.ConvLoraConfig(r=1), 2),
+        "kohya": random_adapter(pipe, library / "kohya.safetensors", lora, 3, format="kohya"),
+        "diffusers": random_adapter(pipe, library / "diffusers.safetensors", lora, 4, format="diffusers"),
+        "peft": random_adapter(pipe, library / "peft", lora, 5, format="peft"),
+        "sara": random_adapter(pipe, library / "sara.safetensors", vislr.SaraConfig(fraction=0.05), 6, strength=0.02),
         "library": library,
         "pipeline": root / "pipeline",
     }
@@ -44,10 +32,20 @@ def files(tmp_path_factory):
     return found
 
 
-@pytest.fixture
-def studio(files):
-    made = Studio(model=str(files["pipeline"]), folder=files["library"], idle_seconds=3600)
+@pytest.fixture(scope="module")
+def opened(files):
+    """The studio of a module: the pipeline is loaded once."""
+    made = Studio(model=str(files["pipeline"]), folder=files["library"])
     made.open()
     yield made
     made.close_all()
     assert not made.root.exists()
+
+
+@pytest.fixture
+def studio(opened):
+    """A studio without users."""
+    yield opened
+    opened.typed_paths, opened.idle_seconds = True, 3600.0
+    for key in opened.visitors():
+        opened.close(key)

@@ -7,7 +7,7 @@ from peft import LoraConfig
 from tiny import tiny_flux_pipeline, tiny_pixart_pipeline, tiny_sd3_pipeline, tiny_sd_pipeline, tiny_sdxl_pipeline
 
 import vislr
-from vislr.adapters.inject import adapter_parameters
+from vislr.adapters.inject import adapter_parameters, attach, detach, set_adapters
 from vislr.anatomy import denoiser_of
 
 SHORT = {"max_sequence_length": 8}
@@ -33,7 +33,7 @@ def fill(module: Any, name: str, seed: int, scale: float = 0.1) -> None:
 class Tiny:
     """A pipeline, the arguments that it is called with, and its adapters."""
 
-    def __init__(self, family: str):
+    def __init__(self, family: str, names: tuple[str, ...] = NAMES):
         build, self.call = FAMILIES[family]
         self.family, self.pipe = family, build()
         self.component, self.model = denoiser_of(self.pipe)
@@ -41,17 +41,24 @@ class Tiny:
             layers = [["to_q", "to_v", "conv1"], ["to_k", "conv2"], ["to_q", "to_out.0"]]
         else:
             layers = [["to_q", "to_v"], ["to_k", "to_out.0"], ["to_q"]]
-        configs = [
-            LoraConfig(r=r, lora_alpha=r + 1, target_modules=own) for r, own in zip((2, 3, 4), layers, strict=True)
-        ]
-        for place, (name, config) in enumerate(zip(NAMES, configs, strict=True)):
-            self.put(name, config, place)
+        for place, (name, r, own) in enumerate(zip(NAMES, (2, 3, 4), layers, strict=True)):
+            if name in names:
+                # Not through vislr.apply: counting FLOPs takes longer than all else here.
+                attach(self.model, LoraConfig(r=r, lora_alpha=r + 1, target_modules=own), name)
+                fill(self.model, name, place)
+        set_adapters(self.model, [])
 
     def put(self, name: str, config: Any, seed: int) -> Any:
-        report = vislr.apply(self.pipe, config, name=name)
+        """Put on a further adapter with random values, off; `take` takes it off."""
+        attached = attach(self.model, config, name)
         fill(self.model, name, seed)
-        vislr.set_adapters(self.pipe, [])
-        return report
+        set_adapters(self.model, [])
+        return attached
+
+    def take(self, *attached: Any) -> None:
+        for one in attached:
+            detach(self.model, one)
+        set_adapters(self.model, [])
 
     def draw(self, steps: int = 3, guidance: float = 3.0, prompt: str = "a cat face", **call: Any) -> torch.Tensor:
         generator = torch.Generator().manual_seed(1)
