@@ -150,6 +150,8 @@ def _type_of(action: Any) -> str:
     kind = str(getattr(action, "_typehint", ""))
     if "<class 'bool'>" in kind:
         return "bool"
+    if re.match(r"(typing\.)?[Dd]ict\[", kind):
+        return ""  # a table of lists is written as one value
     return "list" if re.search(r"\b(list|tuple)\[", kind) else ""
 
 

@@ -52,7 +52,8 @@ class Clock:
         scheduler = None if self._scheduler is None else self._scheduler()
         times = getattr(scheduler, "timesteps", None)
         listed = times is not None and len(times) > 0
-        if times is not self._times or now > self._last or (now == self._last and not listed):
+        restarted = now > self._last or (now == self._last and not listed)
+        if self._step < 0 or times is not self._times or restarted:
             return self._begin(now, times, listed)
         if now == self._last and not self._twice(times):
             self._branch = (self._branch + 1) % BRANCHES

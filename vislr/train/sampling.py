@@ -28,7 +28,7 @@ class _Steps:
         """Nothing to close."""
 
     def __iter__(self) -> Iterator[Any]:
-        for item in self.iterable or ():
+        for item in () if self.iterable is None else self.iterable:
             yield item
             self.on_step()
 
@@ -37,7 +37,8 @@ class _Steps:
 
 
 @contextlib.contextmanager
-def _stepping(pipe: Any, on_step: Callable[[], Any] | None) -> Iterator[None]:
+def stepping(pipe: Any, on_step: Callable[[], Any] | None = None) -> Iterator[None]:
+    """Inside, a pipeline of diffusers shows no progress bar and calls `on_step` after every denoising step."""
     # The one thing that the loops of all diffusers pipelines call at every step; callbacks differ, and DiT has none.
     pipe.progress_bar = lambda iterable=None, total=None: _Steps(on_step, iterable)
     try:
@@ -104,7 +105,7 @@ def sample_images(
         raise ConfigError(f"a {type(pipe).__name__} takes no negative prompt; leave it empty")
     images: list[Image.Image] = []
     pairs = list(zip(prompts, seeds, strict=True))
-    with _stepping(pipe, on_step), _sliced(pipe, size), torch.no_grad():
+    with stepping(pipe, on_step), _sliced(pipe, size), torch.no_grad():
         for start in range(0, len(pairs), batch):
             part = pairs[start : start + batch]
             rngs = [torch.Generator("cpu").manual_seed(seed) for _, seed in part]
