@@ -2,6 +2,7 @@
 
     python benchmarks/zoo_gates.py emoji-unet
     python benchmarks/zoo_gates.py emoji-unet --training runs/base        # before it is frozen
+    python benchmarks/zoo_gates.py emoji-net                              # how far the judge itself can be trusted
 
 A style at a time: KID against the style's other concepts, caption-to-style accuracy by emoji-net, prototype
 retrieval with the distance to the nearest training picture; then the named subjects of scenes. The autoencoder's
@@ -26,7 +27,7 @@ from vislr.zoo.composing import BASE_STYLES
 from vislr.zoo.emoji import STYLE_WORDS
 from vislr.zoo.emoji_net import emoji_net
 from vislr.zoo.retraining import assemble, pixels
-from vislr.zoo.retraining_nets import crop
+from vislr.zoo.retraining_nets import crop, unseen
 
 
 def reconstructions(vae: Any, pictures: list[Any]) -> list[Image.Image]:
@@ -48,9 +49,9 @@ def share(hits: torch.Tensor, what: str) -> Measurement:
 def style_accuracy(judge: Any, pictures: list[Any], phrases: list[str], style: str) -> Measurement:
     """How often a picture fits its caption better than the same caption with another style's word."""
     rows = judge.images(pictures)
-    words = [STYLE_WORDS[s] for s in zoo.STYLES]
+    words = [STYLE_WORDS.get(s, s) for s in (*zoo.STYLES, *zoo.PROCEDURAL_STYLES)]
     scores = torch.stack([(rows * judge.texts([f"{w} style, {p}" for p in phrases])).sum(-1) for w in words], 1)
-    return share(scores.argmax(1) == words.index(STYLE_WORDS[style]), "caption-to-style accuracy")
+    return share(scores.argmax(1) == words.index(STYLE_WORDS.get(style, style)), "caption-to-style accuracy")
 
 
 def element_retrieval(judge: Any, drawn: list[Any], scenes: list[Any]) -> Measurement:
@@ -75,6 +76,25 @@ def nearest(distance: Any) -> Measurement:
     interval = bootstrap_interval(lambda counts: counts @ distance / len(distance), len(distance), 0)
     how = "euclidean on EfficientNet-Lite0 features"
     return Measurement(float(distance.mean()), interval, len(distance), 0, "feature distance", how)
+
+
+def judge_figures(judge: Any, count: int) -> dict[str, Measurement]:
+    """Of emoji-net: pictures it has seen and pairs of concept and style that it has not, each among all captions."""
+    figures = {}
+    for style in (*zoo.STYLES, *zoo.PROCEDURAL_STYLES):
+        everything = zoo.images(style=style)
+        captions = [p.caption for p in everything]
+        gallery = judge.texts(captions)
+        for kind, wanted in (("seen", False), ("unseen", True)):
+            chosen = [p for p in everything if unseen(p.codepoint, style) == wanted][:count]
+            own = torch.tensor([captions.index(p.caption) for p in chosen])[:, None]
+            best = (judge.images(chosen) @ gallery.T).topk(5, 1).indices
+            for k in (1, 5):
+                hits = (best[:, :k] == own).any(1)
+                figures[f"{style} {kind} top-{k} of {len(captions)}"] = share(hits, f"caption found, top-{k}")
+            phrases = [p.phrase for p in chosen]
+            figures[f"{style} {kind} style accuracy"] = style_accuracy(judge, chosen, phrases, style)
+    return figures
 
 
 class _Held:
@@ -104,7 +124,7 @@ def loss_curve(losses: list[list[float]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("pipeline", choices=("emoji-unet", "emoji-mmdit"))
+    parser.add_argument("pipeline", choices=("emoji-unet", "emoji-mmdit", "emoji-net"))
     parser.add_argument("--training", type=Path, help="folder of `vislr zoo retrain`; default: the embedded weights")
     parser.add_argument("--count", type=int, default=200, help="single emoji a style")
     parser.add_argument("--scenes", type=int, default=96)
@@ -112,6 +132,8 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--sheets", type=Path, default=Path("docs/images"))
     a = parser.parse_args()
+    if a.pipeline == "emoji-net":
+        return write(a.pipeline, judge_figures(emoji_net(), a.count))
     pipe = assemble(a.training, a.pipeline) if a.training else zoo.pipeline(a.pipeline)
     judge, net = emoji_net(), measure.feature_net()
     figures: dict[str, Measurement] = {}
@@ -142,10 +164,15 @@ def main() -> None:
     if a.training:
         losses = json.loads((a.training / f"{a.pipeline.removeprefix('emoji-')}-state" / "state.json").read_text())
         loss_curve(losses["losses"], a.sheets / f"{a.pipeline}-loss.png")
-    log = "\n".join(f"{name}: {figure}" for name, figure in figures.items()) + "\n"
+    write(a.pipeline, figures)
+
+
+def write(name: str, figures: dict[str, Measurement]) -> None:
+    """The record."""
+    log = "\n".join(f"{key}: {figure}" for key, figure in figures.items()) + "\n"
     print(log, end="")
-    command = f"python benchmarks/zoo_gates.py {a.pipeline}"
-    print(measure.write_record(f"{a.pipeline}-gates", figures, log=log, command=command, seed=0))
+    command = f"python benchmarks/zoo_gates.py {name}"
+    print(measure.write_record(f"{name}-gates", figures, log=log, command=command, seed=0))
 
 
 if __name__ == "__main__":

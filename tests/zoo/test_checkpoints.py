@@ -7,6 +7,8 @@ from diffusers import DiffusionPipeline
 
 from vislr import zoo
 from vislr.core.errors import ModelError
+from vislr.zoo.emoji_net import emoji_net
+from vislr.zoo.retraining_nets import unseen
 from vislr.zoo.vocabulary import check_words
 
 
@@ -63,6 +65,27 @@ def test_the_autoencoder_keeps_concepts_that_it_never_saw(pipe):
         y = pipe.vae.decode(pipe.vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
     error = ((x - y) / 2).pow(2).flatten(1).mean(1)
     assert float((-10 * error.log10()).mean()) > 28
+
+
+def test_the_judge_finds_captions_and_styles():
+    """The figures of its record, on a part of the pictures: far above chance, less so where it has seen nothing."""
+    judge = emoji_net()
+    everything = zoo.images(style="noto")
+    captions = [p.caption for p in everything]
+    texts = judge.texts(captions)
+    found = {}
+    for kind in (False, True):
+        chosen = [p for p in everything if unseen(p.codepoint, "noto") == kind][:100]
+        best = (judge.images(chosen) @ texts.T).topk(5, 1).indices
+        own = torch.tensor([captions.index(p.caption) for p in chosen])
+        found[kind] = float((best == own[:, None]).any(1).float().mean())
+    assert found[False] > 0.9
+    assert found[True] > 0.8
+    pictures = zoo.images(style="twemoji")[::30]
+    right = judge.alignment(pictures, [p.caption for p in pictures])
+    for word in ("noto", "fluent", "outline"):
+        wrong = judge.alignment(pictures, [f"{word} style, {p.phrase}" for p in pictures])
+        assert float((right > wrong).float().mean()) > 0.9
 
 
 def test_an_unknown_name_is_refused():

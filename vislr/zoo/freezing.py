@@ -27,13 +27,13 @@ SHARED = {
 # What the pictures are and whose: every embedded model was trained on them.
 _DATA = """\
 64 px emoji of 1,375 concepts (Noto Color Emoji, Apache-2.0, Google; Twemoji, CC-BY-4.0, Twitter, Inc and other
-contributors{more}), and scenes composed of them. A tenth of the concepts{held} was never seen."""
-_PIPELINE = {"more": "", "held": ", Fluent Emoji 3D and four computed styles"}
+contributors{more}), and scenes composed of them. {held} was never seen."""
+_PIPELINE = {"more": "", "held": "A tenth of the concepts (with Fluent Emoji 3D and four computed styles)"}
 _NETS = {"more": "; Fluent Emoji 3D, MIT, Microsoft Corporation"}
 _SEEN = {
     "emoji-unet": _DATA.format(**_PIPELINE),
     "emoji-mmdit": _DATA.format(**_PIPELINE),
-    "emoji-net": _DATA.format(**_NETS, held="-and-style pairs"),
+    "emoji-net": _DATA.format(**_NETS, held="A tenth of the pairs of concept and style"),
     "emoji-vit": _DATA.format(**_PIPELINE).replace(", and scenes composed of them", ""),
     "emoji-conv": _DATA.format(**_PIPELINE).replace(", and scenes composed of them", ""),
 }
