@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny import tiny_conv_net, tiny_sd3_transformer, tiny_unet, tiny_vit
 from torch import nn
@@ -15,12 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 import vislr
 from vislr.adapters import ConvLoraConfig, SaraConfig, adapter_parameters, attach, detach, set_adapters
-from vislr.adapters.inject import active_adapters, adapter_weights
+from vislr.adapters.inject import active_adapters, adapter_weights, tuner_layers
 from vislr.adapters.sara import SaraLayer, polar, reselect, suggested_lr
 from vislr.adapters.sara_steps import rank_gradient
 from vislr.anatomy import sample_inputs
 from vislr.core.errors import AdapterError, FormatError, TargetError
 from vislr.formats import attach_file, check_base, read_adapter, write_adapter
+from vislr.recipe import base_state
 
 
 class Net(nn.Module):
@@ -776,3 +778,24 @@ def test_compiled_as_one_graph(net):
 def test_the_papers_learning_rate():
     for threshold, rate in ((2e-4, 9.32e-4), (8e-4, 7.56e-4), (2e-3, 4.97e-4)):
         assert suggested_lr(threshold) == pytest.approx(rate, rel=1e-3)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("other", [LoraConfig(r=2, target_modules=["0", "1"]), ConvLoraConfig(r=2)], ids=type)
+def test_weights_merged_with_another_kind_are_saved_as_they_are(other, first):
+    torch.manual_seed(0)
+    net, plain = (nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)) for _ in range(2))
+    changes = [("other", other), ("sparse", SaraConfig(fraction=0.3))]
+    for name, config in changes if first else reversed(changes):
+        attach(net, config, name)
+    set_adapters(net, ["other", "sparse"], [1.0, 1.0])
+    with torch.no_grad():
+        for name in ("other", "sparse"):
+            for parameter in adapter_parameters(net, name).values():
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    x = torch.randn(3, 8)
+    wanted = net(x)
+    for _, layer in tuner_layers(net):
+        layer.merge(adapter_names=[name for name, _ in changes if name in layer._get_available_adapters()])
+    plain.load_state_dict(base_state(net))
+    torch.testing.assert_close(plain(x), wanted, rtol=1e-5, atol=1e-5)

@@ -273,8 +273,20 @@ class SaraLayer(nn.Module, BaseTunerLayer):
         """Copies of "weight" and "bias" as they are with these adapters in; with none, the base bit for bit."""
         copies = {key: part.detach().clone() for key, part in self.parts().items()}
         self._put_base(copies, [name for name, *_ in self._written])
+        others = self._merged_by_others(copies)
         self._put(copies, [(name, self.scaling[name]) for name in names])
+        for key, change in others.items():
+            copies[key] = torch.where(change != 0, (copies[key] + change).to(copies[key].dtype), copies[key])
         return copies
+
+    def _merged_by_others(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What another kind, merged into this weight since SaRA wrote its entries, has added to them."""
+        if any(seen not in (-1, _version(self.sara_values[name])) for name, _, seen in self._written):
+            return {}
+        expected = {key: part.clone() for key, part in base.items()}
+        self._put(expected, [part[:2] for part in self._written])
+        found = {key: part.detach().double() - expected[key].double() for key, part in self.parts().items()}
+        return {key: change for key, change in found.items() if change.any()}
 
     @torch.no_grad()
     def restored(self, weight: torch.Tensor) -> torch.Tensor:
