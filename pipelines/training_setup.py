@@ -169,7 +169,11 @@ def adapter_writer(config: TrainConfig, target: Any) -> Callable[[Path], Any]:
     Raises:
         FormatError: the format cannot hold it.
     """
-    from vislr import recipe
+    from vislr import formats, recipe
+    from vislr.anatomy import denoiser_of
+
+    if config.model.shard:
+        formats.remember_adapters_base(denoiser_of(target)[1], config.adapter.name)
 
     def write(path: Path) -> None:
         recipe.save_adapter(target, path, name=config.adapter.name, format=config.output.format)

@@ -102,7 +102,7 @@ def test_a_divided_base_trains_the_same_adapter(pictures, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"adapter.kind": "sara"}, "sara trains entries of the base in place"),
+        ({"adapter.kind": "sara", "adapter.fraction": "0.1"}, "sara trains entries of the base in place"),
         ({"model.storage": "fp8"}, "model.shard goes with model.storage plain, not fp8"),
     ],
 )

@@ -15,6 +15,7 @@ import vislr
 from vislr.core.errors import Interrupted
 from vislr.core.files import write_json, write_tensors
 from vislr.data import ImageFolder
+from vislr.formats import remember_adapters_base
 from vislr.train import (
     AdapterSection,
     DataConfig,
@@ -61,7 +62,7 @@ def main(pictures: str, out: str, batch: int, how: str = "") -> None:
     pipe = tiny.tiny_sd_pipeline()
     torch.manual_seed(0)
     vislr.apply(pipe, config.adapter.to_change())
-    vislr.save_adapter(pipe, Path(out) / f"first-{accelerator.process_index}.safetensors")
+    remember_adapters_base(pipe.unet, "default")
     train, held_out = ImageFolder.with_captions(pictures).split(0.25)
     try:
         result = fit(pipe, "default", config, train, held_out, accelerator=accelerator, stop=stop)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         open_adapter,
     )
     from vislr.formats.reading import read_adapter
-    from vislr.formats.writing import write_adapter
+    from vislr.formats.writing import remember_adapters_base, write_adapter
 
 # Name -> module: reading a file needs neither peft nor diffusers.
 _NAMES = {
@@ -58,6 +58,7 @@ _NAMES = {
     "parse": "exchange",
     "read_adapter": "reading",
     "read_canonical": "exchange",
+    "remember_adapters_base": "writing",
     "render": "exchange",
     "write_adapter": "writing",
     "write_canonical": "exchange",
@@ -82,6 +83,7 @@ __all__ = [
     "parse",
     "read_adapter",
     "read_canonical",
+    "remember_adapters_base",
     "render",
     "write_adapter",
     "write_canonical",

@@ -22,8 +22,8 @@ from vislr.core.versions import versions_of
 from vislr.formats.manifest import SCHEMA
 
 FORMATS = ("vislr", "diffusers")
-# Where a model keeps the last "base" entry of a manifest, with the sites that it is of.
-_LAST = "_vislr_last_base"
+# Where a model that is to be divided keeps the "base" entry of its adapter's manifest, with the sites that it is of.
+_REMEMBERED = "_vislr_base"
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def base_entry(module: nn.Module, sites: Mapping[str, str]) -> dict[str, str]:
         sites: site -> kind; of "adabn" the source's statistics count.
 
     Raises:
-        AdapterError: the weights are divided over processes, and were never asked for before that.
+        AdapterError: the weights are divided over processes, and `remember_base` was not called before that.
     """
     modules = modules_outside(module)
     weights = base_weights({site: modules[site] for site, kind in sites.items() if kind != "adabn"})
@@ -104,13 +104,18 @@ def base_entry(module: nn.Module, sites: Mapping[str, str]) -> dict[str, str]:
     dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})
     if any(hasattr(weight, "full_tensor") for weight in weights.values()):
         # No process has the whole weights; they are frozen, so what was found before they were divided holds.
-        of, entry = module.__dict__.get(_LAST, (None, {}))
+        of, entry = module.__dict__.get(_REMEMBERED, (None, {}))
         if of != dict(sites):
-            raise AdapterError("the base is divided over processes: save its adapter from a run that has it whole")
+            raise AdapterError(
+                "the base is divided over processes, and its hash was not kept: remember_base before that"
+            )
         return dict(entry)
-    entry = {"sha256": content_hash(weights), "dtype": ", ".join(dtypes)}
-    module.__dict__[_LAST] = (dict(sites), entry)
-    return entry
+    return {"sha256": content_hash(weights), "dtype": ", ".join(dtypes)}
+
+
+def remember_base(module: nn.Module, sites: Mapping[str, str]) -> None:
+    """Keep on the model what `base_entry` gives, for when its weights are divided over processes."""
+    module.__dict__[_REMEMBERED] = (dict(sites), base_entry(module, sites))
 
 
 def family_of(module: nn.Module) -> str:

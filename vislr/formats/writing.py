@@ -14,7 +14,7 @@ from vislr.adapters.adabn_layer import AdaBnLayer
 from vislr.adapters.inject import adapter_layers, plain_config
 from vislr.core.errors import FormatError, hint
 from vislr.core.files import write_tensors
-from vislr.formats.adapter_file import FORMATS, make_manifest
+from vislr.formats.adapter_file import FORMATS, make_manifest, remember_base
 from vislr.formats.kinds import kind_of_config, stored
 from vislr.formats.manifest import AUX, DIFFUSERS_METADATA, MANIFEST
 
@@ -54,8 +54,7 @@ def write_adapter(
             raise FormatError(f"metadata '{key}' belongs to the format")
     layers = adapter_layers(module, name)
     config: Any = module.peft_config[name]
-    kind = kind_of_config(config)
-    kinds = {site: "adabn" if isinstance(layer, AdaBnLayer) else kind for site, layer in layers.items()}
+    kind, kinds = kind_of_config(config), _kinds(module, name)
     tensors = {site: stored(layer, name, kinds[site]) for site, layer in layers.items()}
     statistics = None
     if kind != "adabn":
@@ -76,6 +75,18 @@ def write_adapter(
     )
     write_tensors(path, flat, header)
     return Path(path)
+
+
+def remember_adapters_base(module: Any, name: str) -> None:
+    """Keep the hash of what adapter `name` sits on: once the weights are divided over processes nobody has them."""
+    remember_base(module, _kinds(module, name))
+
+
+def _kinds(module: Any, name: str) -> dict[str, str]:
+    """Site -> kind of what adapter `name` has there."""
+    kind = kind_of_config(module.peft_config[name])
+    layers = adapter_layers(module, name)
+    return {site: "adabn" if isinstance(layer, AdaBnLayer) else kind for site, layer in layers.items()}
 
 
 def _diffusers_tensors(
