@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vislr.core.errors import ConfigError, LaunchError
+from vislr.core.memory import return_freed_heap
 from vislr.measure.measurement import Measurement, median_interval
 from vislr.measure.record import device_name
 
@@ -77,9 +76,8 @@ def _resident(field: str) -> int:
 
 def _resident_peak(function: Callable[[], Any], device: torch.device) -> int:
     gc.collect()
-    # glibc keeps freed heap, which would hide as much of the next call's need. Another libc may not trim.
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
+    # What the heap still holds would hide as much of the next call's need.
+    return_freed_heap()
     try:
         _CLEAR.write_text("5")
         before = _resident("VmRSS")

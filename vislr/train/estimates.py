@@ -173,7 +173,9 @@ def _parts(
         "moving average": 4.0 * count if config.optim.ema else 0.0,
         "activations, gradients": float(trace.peak),
         "working space": float(trace.workspace),
-        "sample pictures": max(0.0, _preview(model, others.get("vae"), config, size, device) - trace.peak),
+        "sample pictures": max(
+            0.0, _preview(model, others.get("vae"), config, size, device) - trace.peak - trace.workspace
+        ),
         "libraries": _OVERHEAD.get(device.type, _OVERHEAD["cuda"]),
     }
     if config.model.storage in ("int8", "nf4"):
@@ -216,14 +218,17 @@ def _trace(model: nn.Module, config: TrainConfig, size: Mapping[str, int], devic
 def _preview(
     model: nn.Module, vae: nn.Module | None, config: TrainConfig, size: Mapping[str, int], device: torch.device
 ) -> float:
-    """Most bytes alive while sample pictures are drawn: the denoiser with guidance, or the VAE with one picture."""
+    """Most bytes while sample pictures are drawn: the denoiser with guidance, then the VAE with one picture."""
     if vae is None:
         return 0.0
     pictures = 2 * min(config.optim.batch, len(config.sample.prompts) or 6)
-    peak = trace_forward(twin := meta_copy(model), _call(twin, config, size, pictures), device).peak
+    drawn = trace_forward(twin := meta_copy(model), _call(twin, config, size, pictures), device)
     decoder: Any = meta_copy(vae)
     latents = torch.empty(1, decoder.config.latent_channels, size["height"], size["width"], dtype=decoder.dtype)
-    return float(max(peak, trace_forward(decoder, lambda onto: decoder.decode(onto(latents)), device).peak))
+    decoded = trace_forward(decoder, lambda onto: decoder.decode(onto(latents)), device)
+    needs = [float(part.peak + part.workspace) for part in (drawn, decoded)]
+    # The heap of a CPU still holds what the denoiser freed when the VAE asks for its large blocks.
+    return sum(needs) if device.type == "cpu" else max(needs)
 
 
 def _timed_step(

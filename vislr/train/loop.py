@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from vislr.core.errors import ConfigError, Interrupted, TrainingError
 from vislr.core.files import atomic_path
+from vislr.core.memory import return_freed_heap
 from vislr.data import ImageFolder, Pool, as_pool, generator, key_seed, make_grid
 from vislr.train.adapted import Average, adapter_training, adapters_off, trainable_parameters
 from vislr.train.base import prepare_base
@@ -182,6 +183,8 @@ class _Run:
 
     def show(self) -> Preview | None:
         """Pictures of the model now, as a grid in `samples/` and in tensorboard. On the first process alone."""
+        # A step leaves much heap behind, and the VAE's large blocks would come on top of it.
+        return_freed_heap()
         preview = self._draw()
         if self.main and preview is not None:
             grid = make_grid(preview.rows, column_labels=preview.columns, title=f"step {self.step}")
