@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vislr.core.errors import VislrError
     from vislr.core.report import Report
     from vislr.folders import load, save
-    from vislr.recipe import load_adapter, save_adapter, set_adapters
+    from vislr.recipe import fuse, load_adapter, save_adapter, set_adapters
     from vislr.record import apply, note_measurement, recipe_of, remove
 
 # Public name -> module that defines it. No name here may be the name of a module.
@@ -42,6 +42,7 @@ _NAMES = {
     "adapt_statistics": "vislr.adapters",
     "apply": "vislr.record",
     "describe": "vislr.anatomy",
+    "fuse": "vislr.recipe",
     "load": "vislr.folders",
     "load_adapter": "vislr.recipe",
     "note_measurement": "vislr.record",
@@ -98,6 +99,7 @@ __all__ = [
     "adapt_statistics",
     "apply",
     "describe",
+    "fuse",
     "load",
     "load_adapter",
     "note_measurement",

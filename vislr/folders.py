@@ -6,6 +6,7 @@ what                   where
 structural plans       `config.json` of the component, key `vislr`; they come with `from_pretrained`
 run-time plans         `vislr.json`, key `plans`; put back by `load`
 unmerged adapters      `adapters/NAME.safetensors`; put back by `load`
+fused adapters         `fused/STEP-NAME.safetensors`; read by `vislr recipe replay` and `undo`
 the record             `vislr.json`, key `steps`: every change and its report, in order
 =====================  =========================================================================
 """
@@ -24,15 +25,15 @@ from vislr.core.files import atomic_path, read_json, write_json
 from vislr.core.hashing import content_hash
 from vislr.core.report import Report
 from vislr.core.versions import versions_of
-from vislr.recipe import base_state, load_adapter
+from vislr.recipe import base_state, read_onto
 from vislr.record import (
-    apply,
+    attach_for,
     component_of,
     entries_of,
     measurements_of,
     modules_of,
     note_measurement,
-    recipe_of,
+    put_on,
     record_of,
     restore,
 )
@@ -108,7 +109,7 @@ def save(target: Any, folder: str | os.PathLike) -> Path:
             "component": component,
             "class": type(module).__name__,
             "base": content_hash(base_state(module)),
-            "steps": recipe_of(target),
+            "steps": _steps(target, temporary),
             "plans": _run_time_plans(target),
             "adapters": adapters,
             "merged": sorted(merged),
@@ -116,6 +117,29 @@ def save(target: Any, folder: str | os.PathLike) -> Path:
         }
         write_json(temporary / RECIPE_FILE, record)
     return folder
+
+
+def _steps(target: Any, folder: Path) -> list[dict[str, Any]]:
+    """The record as data; files of its steps are written into the folder."""
+    steps = []
+    for number, entry in enumerate(entries_of(target)):
+        step, files = entry.to_dict(), {}
+        for name, content in entry.attached.files.items():
+            files[name] = f"fused/{number:02d}-{name}.safetensors"
+            (folder / "fused").mkdir(exist_ok=True)
+            (folder / files[name]).write_bytes(content)
+        steps.append(step | ({"files": files} if files else {}))
+    return steps
+
+
+def fused_in(steps: list[dict[str, Any]]) -> dict[int, int]:
+    """Place of an adapter's step -> place of the step that fused it into the weights."""
+    found: dict[int, int] = {}
+    for place, step in enumerate(steps):
+        for name in step["change"].get("adapters", {}) if step["report"]["kind"] == "fuse" else ():
+            own = [i for i in range(place) if steps[i]["report"]["name"] == name and "plan" not in steps[i]["change"]]
+            found |= {i: place for i in own if i not in found}
+    return found
 
 
 def _check_structure(target: Any) -> None:
@@ -164,32 +188,53 @@ def load(source: str | os.PathLike, *, any_base: bool = False, **options: Any) -
     from vislr.adapters import inject
 
     target, folder = _load_diffusers(source, options)
+    for module in modules_of(target):
+        models.align(module)
     if folder is None or not (folder / RECIPE_FILE).is_file():
         return target
     record = read_recipe(folder)
-    _restore_reports(target, record["steps"])
+    _restore_reports(target, record["steps"], folder)
     # Adapters that were on beside a fused one were made on the weights before fusing.
     accept = any_base or bool(record["merged"])
     for name, stored in record["adapters"].items():
-        load_adapter(target, folder / stored["file"], name=name, weight=stored["weight"], any_base=accept)
+        known = _report_of(record, name)
+        read_onto(target, folder / stored["file"], name, stored["weight"], any_base=accept, known=known)
     if record["adapters"]:
         on = {name: stored["weight"] for name, stored in record["adapters"].items() if stored["active"]}
         inject.set_adapters(component_of(target)[1], list(on), list(on.values()))
     for stored in record["plans"]:
         _, name, plan = models.read_entry(stored)
-        apply(target, plan, name=name)
+        known = _report_of(record, name, stored["plan"])
+        put_on(target, plan, name, attach_for(target, plan), known=known)
     for name, figures in record["measurements"].items():
         note_measurement(target, name, figures.get("before"), figures.get("after"))
     return target
 
 
-def _restore_reports(target: Any, steps: list[dict[str, Any]]) -> None:
-    """Reports of the structural plans that the components came with; a config that disagrees stands above them."""
+def _restore_reports(target: Any, steps: list[dict[str, Any]], folder: Path) -> None:
+    """Reports of what is in the weights: structure, fused adapters; a config that disagrees stands above them."""
+    fused = fused_in(steps)
+    settled = {*fused, *fused.values()}
     for module in modules_of(target):
-        own = record_of(module)
-        stored = [step for step in steps if any(step["change"] == entry.change for entry in own)]
-        if own and len(stored) == len(own):
-            restore(module, [(Report.from_dict(step["report"]), step["change"]) for step in stored])
+        own = [entry.change for entry in record_of(module)]
+        mine = module is component_of(target)[1]
+        stored = [
+            (Report.from_dict(step["report"]), step["change"], _read_files(step, folder))
+            for place, step in enumerate(steps)
+            if step["change"] in own or (mine and place in settled)
+        ]
+        if stored and sum(change in own for _, change, _ in stored) == len(own):
+            restore(module, stored)
+
+
+def _report_of(record: dict[str, Any], name: str, plan: Any = None) -> Report | None:
+    """What was counted when an adapter, or a plan, went on: loading counts nothing again."""
+    steps = [step for step in record["steps"] if step["report"]["name"] == name and step["change"].get("plan") == plan]
+    return Report.from_dict(steps[-1]["report"]) if steps else None
+
+
+def _read_files(step: dict[str, Any], folder: Path) -> dict[str, bytes]:
+    return {name: (folder / file).read_bytes() for name, file in step.get("files", {}).items()}
 
 
 def read_recipe(folder: str | os.PathLike) -> dict[str, Any]:
@@ -208,13 +253,16 @@ def read_recipe(folder: str | os.PathLike) -> dict[str, Any]:
             raise FormatError(f"'{path}' has schema {record['schema']}; this vislr reads {SCHEMA}")
         record = {"plans": [], "measurements": {}, **record}
         for name, stored in record["adapters"].items():
-            inside = (folder / stored["file"]).resolve()
-            if not inside.is_relative_to(folder.resolve()) or not inside.is_file():
-                raise FormatError(f"'{path}' names adapter '{name}' at '{stored['file']}', which is not in the folder")
+            _check_inside(folder, stored["file"], path, f"adapter '{name}'")
             float(stored["weight"]), bool(stored["active"])
         list(record["merged"])
         for step in record["steps"]:
-            Report.from_dict(step["report"]), dict(step["change"])
+            kind = Report.from_dict(step["report"]).kind
+            files = dict(step.get("files", {}))
+            if kind == "fuse" and set(files) != set(step["change"]["adapters"]):
+                raise FormatError(f"'{path}' does not keep a file for every adapter that was fused")
+            for file in files.values():
+                _check_inside(folder, file, path, "a fused adapter")
         for stored in record["plans"]:
             models.read_entry(stored)
         for figures in record["measurements"].values():
@@ -222,6 +270,12 @@ def read_recipe(folder: str | os.PathLike) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(f"'{path}' is no record of vislr: {type(error).__name__}: {error}") from error
     return record
+
+
+def _check_inside(folder: Path, file: str, path: Path, what: str) -> None:
+    inside = (folder / file).resolve()
+    if not inside.is_relative_to(folder.resolve()) or not inside.is_file():
+        raise FormatError(f"'{path}' names {what} at '{file}', which is not in the folder")
 
 
 def _load_diffusers(source: str | os.PathLike, options: dict[str, Any]) -> tuple[Any, Path | None]:

@@ -64,7 +64,7 @@ class _Planned:
                 )
         model.__class__ = cls
         _open_guard(model)
-        _align(model)
+        align(model)
         return (model, info) if wanted else model
 
     @classmethod
@@ -253,7 +253,7 @@ def _open_guard(model: Any) -> None:
     model.register_to_config(**{KEY: model.__dict__.pop("_vislr_plans")})
 
 
-def _align(model: Any) -> None:
+def align(model: Any) -> None:
     """Give tensors that lie askew in the mapped file memory of their own.
 
     Kernels round differently at other alignments: without this a loaded model's answers differ in the

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from vislr.record import add_notes, apply, component_of, modules_of, put_on, rec
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["apply", "base_state", "load_adapter", "recipe_of", "remove", "save_adapter", "set_adapters"]
+__all__ = ["apply", "base_state", "fuse", "load_adapter", "recipe_of", "remove", "save_adapter", "set_adapters"]
 
 
 def set_adapters(target: Any, names: str | list[str], weights: float | list[float] | None = None) -> None:
@@ -126,22 +126,35 @@ def load_adapter(
         FormatError, AdapterError: the file is damaged or does not fit; the model is as it was.
     """
     from vislr import formats
+
+    name = formats.default_name(path) if name is None else name
+    return read_onto(target, path, name, weight, any_base)
+
+
+def read_onto(
+    target: Any, path: str | os.PathLike, name: str, weight: float, any_base: bool, known: Report | None = None
+) -> Report:
+    """`load_adapter`; with a known report (out of a folder) nothing is counted."""
+    from vislr import formats
     from vislr.adapters import inject
     from vislr.formats.surviving import without_removed
 
-    name = formats.default_name(path) if name is None else name
     file, survival = without_removed(formats.open_adapter(path, target), target)
     notes = () if survival is None else (str(survival),)
     if isinstance(file, formats.CanonicalAdapter):
         change = formats.FileChange(file, target)
         attach = formats.attach_change(weight)
-        return add_notes(target, put_on(target, change, name, attach), notes)
+        return add_notes(target, put_on(target, change, name, attach, known=known), notes)
     _, module = component_of(target)
     active = inject.active_adapters(module)
     # The file has one hash for all of its layers: with some of them gone it can no longer be checked.
     accept = any_base or survival is not None
     report = put_on(
-        target, file.config, name, lambda module, _, name: formats.attach_file(module, name, file, any_base=accept)
+        target,
+        file.config,
+        name,
+        lambda module, _, name: formats.attach_file(module, name, file, any_base=accept),
+        known=known,
     )
     report = add_notes(target, report, notes)
     for parameter in inject.adapter_parameters(module, name).values():
@@ -152,6 +165,27 @@ def load_adapter(
         remove(target, report)
         raise
     return report
+
+
+def fuse(target: Any, names: str | Sequence[str] = (), *, name: str = "fused", undo: bool = True) -> Report:
+    """Make adapters part of the denoiser's weights, at the weights that they have; a step of the recipe.
+
+    Unlike diffusers' `fuse_lora` no adapter stays on the model, so that it can be quantised, and `save` keeps the
+    adapters' files, so that `vislr recipe replay` and `undo` know what was fused.
+
+    Args:
+        target: a pipeline or module.
+        names: which adapters; none: all. Others may not be on the model.
+        name: of the step. undo: keep the weights for `remove`.
+
+    Raises:
+        AdapterError: no such adapter, one is off, another would stay, or a weight is quantised. ModelError: a
+            composition is on. The model is as it was.
+    """
+    from vislr.formats.fusing import FusePlan
+
+    chosen = (names,) if isinstance(names, str) else tuple(names)
+    return apply(target, FusePlan(chosen), name=name, undo=undo)
 
 
 def base_state(module: nn.Module) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vislr.core import registry
-from vislr.core.errors import ModelError, UndoError, hint
+from vislr.core.errors import ModelError, UndoError, VislrError, hint
 from vislr.core.registry import Attached
 from vislr.core.report import Report
 
@@ -23,11 +24,16 @@ _order = itertools.count()
 
 @dataclass
 class Entry:
-    """One applied change: what `vislr.json` keeps, and what `remove` needs."""
+    """One applied change: what `vislr.json` keeps, and what `remove` needs.
+
+    Attributes:
+        owner: finds the target that it was applied through, for what is lifted off and put back.
+    """
 
     report: Report
     change: dict[str, Any]
     attached: Attached
+    owner: Callable[[], Any] = lambda: None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; the live part stays behind."""
@@ -37,6 +43,17 @@ class Entry:
     def structural(self) -> bool:
         """Whether it is part of the component's saved structure."""
         return registry.get_kind(self.report.kind).structural
+
+    @property
+    def settled(self) -> bool:
+        """Whether what came before it stays below it: a change of the structure, or of the weights themselves."""
+        kind = registry.get_kind(self.report.kind)
+        return kind.structural or kind.settles
+
+    @property
+    def on_top(self) -> bool:
+        """Whether it is a run-time plan: those sit on top of everything, whenever they were applied."""
+        return self.is_plan and not self.structural
 
     @property
     def is_plan(self) -> bool:
@@ -72,10 +89,15 @@ def _from_config(module: Any) -> list[Entry]:
     return entries
 
 
-def restore(module: nn.Module, entries: list[tuple[Report, dict[str, Any]]]) -> None:
-    """Give a loaded model the reports that its folder keeps, in place of what its config alone says."""
+def restore(module: nn.Module, entries: list[tuple[Report, dict[str, Any], dict[str, bytes]]]) -> None:
+    """Give a loaded model the reports that its folder keeps, in place of what its config alone says.
+
+    Args:
+        entries: report, change and files of every step that is in the weights.
+    """
     module.__dict__[_RECORD] = [
-        Entry(replace(report, index=next(_order)), change, Attached(report.sites, change)) for report, change in entries
+        Entry(replace(report, index=next(_order)), change, Attached(report.sites, change, files=files))
+        for report, change, files in entries
     ]
 
 
@@ -141,15 +163,19 @@ def apply(target: Any, change: Any, *, name: str = "default", undo: bool = True,
         TargetError: it matches nothing in the model.
         AdapterError, ModelError: it does not fit. In every case the model is as it was.
     """
-    handler = registry.handler_of(registry.kind_of(change))
-    attach = handler.attach_to(target) if hasattr(handler, "attach_to") else handler.attach
-    report = put_on(target, change, name, attach, undo)
-    timing = getattr(handler, "timing", None)
+    report = put_on(target, change, name, attach_for(target, change), undo)
+    timing = getattr(registry.handler_of(registry.kind_of(change)), "timing", None)
     if measure and timing is not None:
         module = component_of(target, change)[1]
         entry = record_of(module)[-1]
         report = add_notes(target, report, timing(module, entry.attached))
     return report
+
+
+def attach_for(target: Any, change: Any) -> Callable[..., Attached]:
+    """The `attach(module, change, name)` of a change on this target."""
+    handler = registry.handler_of(registry.kind_of(change))
+    return handler.attach_to(target) if hasattr(handler, "attach_to") else handler.attach
 
 
 def add_notes(target: Any, report: Report, notes: Iterable[str]) -> Report:
@@ -161,48 +187,134 @@ def add_notes(target: Any, report: Report, notes: Iterable[str]) -> Report:
     return noted
 
 
-def put_on(target: Any, change: Any, name: str, attach: Callable[..., Attached], undo: bool = True) -> Report:
-    """Count, let `attach(module, change, name)` work, count again, record."""
-    from vislr.core.quantizing import parameter_count
+def put_on(
+    target: Any,
+    change: Any,
+    name: str,
+    attach: Callable[..., Attached],
+    undo: bool = True,
+    known: Report | None = None,
+) -> Report:
+    """Count, let `attach(module, change, name)` work, count again, record.
 
+    A change of the structure goes below the run-time plans that are on: they are lifted off and put back.
+
+    Args:
+        known: the report of a change that comes out of a folder: nothing is counted again.
+    """
     kind = registry.kind_of(change)
+    handler = registry.handler_of(kind)
     component, module = component_of(target, change)
-    if kind.structural:
-        _check_structural(module)
-    parameters = parameter_count(module)
-    flops_before, sample, note = _flops(module)
-    attached = attach(module, change, name)
-    counted = attached.flops
-    if counted is None and flops_before is not None:
-        flops_after, _, note = _flops(module)
-        counted = None if flops_after is None else (flops_before, flops_after)
-    report = Report(
-        kind=kind.name,
-        name=name,
-        component=component,
-        sites=attached.sites,
-        parameters=(parameters, parameter_count(module)),
-        trainable=sum(p.numel() for p in module.parameters() if p.requires_grad),
-        flops=counted,
-        sample=sample if counted else None,
-        notes=attached.notes + ((note,) if note else ()),
-        index=next(_order),
-    )
+    _check_above(module, kind)
+    lifted = _lift(module) if kind.structural else []
+    try:
+        counted = None if known else _Counted(module, getattr(handler, "account", None))
+        attached = attach(module, change, name)
+        try:
+            report = replace(known, index=next(_order)) if known else None
+            if counted is not None:
+                report = counted.report(kind.name, name, component, attached, change)
+            assert report is not None
+            _put_back(module, lifted)
+        except BaseException:
+            _take(module, lifted)
+            handler.detach(module, attached)
+            raise
+    except BaseException:
+        _put_back(module, lifted)
+        raise
     if not undo:
         attached.undo = None
-    record_of(module).append(Entry(report, attached.change, attached))
+    record_of(module).append(Entry(report, attached.change, attached, weakref.ref(target)))
     if kind.structural:
         mark(target, component, module)
     return report
 
 
-def _check_structural(module: nn.Module) -> None:
-    """A run-time plan sits on the blocks that a structural one would take away under it."""
-    above = [entry.report.name for entry in record_of(module) if entry.is_plan and not entry.structural]
-    if above:
-        raise ModelError(
-            f"'{above[-1]}' runs on the model's blocks; remove it, change the structure, and apply it again"
+class _Counted:
+    """Parameters and FLOPs of a module before a change, and the report once it is on."""
+
+    def __init__(self, module: nn.Module, account: Any):
+        from vislr.core.quantizing import parameter_count
+
+        self.module, self.account, self.parameters = module, account, parameter_count(module)
+        self.flops = (None, None, "") if account else _flops(module)
+
+    def report(self, kind: str, name: str, component: str, attached: Attached, change: Any) -> Report:
+        """Count again."""
+        from vislr.core.quantizing import parameter_count
+
+        module, (before, sample, note) = self.module, self.flops
+        counted, notes = None, attached.notes
+        if self.account is not None:
+            from vislr.anatomy import sample_of
+
+            counted, own = self.account(module, change)
+            sample, notes = sample_of(module), notes + own
+        elif before is not None:
+            after, _, note = _flops(module)
+            counted = None if after is None else (before, after)
+        return Report(
+            kind=kind,
+            name=name,
+            component=component,
+            sites=attached.sites,
+            parameters=(self.parameters, parameter_count(module)),
+            trainable=sum(p.numel() for p in module.parameters() if p.requires_grad),
+            flops=counted,
+            sample=sample if counted else None,
+            notes=notes + ((note,) if note else ()),
+            index=next(_order),
         )
+
+
+def _lift(module: nn.Module) -> list[Entry]:
+    """Take the module's run-time plans off, the last one first; returns them in the order of application.
+
+    Raises:
+        ModelError: one of them cannot come off; all are as they were.
+    """
+    plans = [entry for entry in record_of(module) if entry.on_top]
+    fixed = [entry.report.name for entry in plans if entry.attached.undo is None]
+    if fixed:
+        raise ModelError(
+            f"'{fixed[-1]}' runs on the model's blocks and was applied with undo=False; nothing goes below"
+        )
+    _take(module, plans)
+    return plans
+
+
+def _take(module: nn.Module, plans: list[Entry]) -> None:
+    for entry in reversed(plans):
+        if entry.attached.undo is not None:
+            registry.handler_of(registry.get_kind(entry.report.kind)).detach(module, entry.attached)
+            entry.attached.undo = None
+
+
+def _put_back(module: nn.Module, lifted: list[Entry]) -> None:
+    """Put what was lifted on again, where it is off.
+
+    Raises:
+        ModelError: the model has become another, on which a plan does not fit; it and what follows stay off.
+    """
+    for entry in lifted:
+        if entry.attached.undo is not None:
+            continue
+        plan: Any = registry.load(registry.get_kind(entry.report.kind).config)
+        change = plan.from_dict(entry.change["plan"])
+        owner = entry.owner()
+        target = owner if owner is not None and any(part is module for part in modules_of(owner)) else module
+        try:
+            entry.attached = attach_for(target, change)(module, change, entry.report.name)
+        except VislrError as error:
+            raise ModelError(f"'{entry.report.name}' would not fit any more: {error}; remove it first") from error
+
+
+def _check_above(module: nn.Module, kind: registry.Kind) -> None:
+    """A composition sits on its adapters."""
+    composed = [entry.report.name for entry in record_of(module) if entry.report.kind == "compose"]
+    if composed and kind.settles:
+        raise ModelError(f"'{composed[-1]}' composes the model's adapters; remove it before they are fused")
 
 
 def mark(target: Any, component: str, module: nn.Module) -> None:
@@ -223,7 +335,7 @@ def remove(target: Any, report: Report) -> None:
     """Take the change of `report` off again, exactly.
 
     A change of the structure comes off only while nothing was applied after it, and nothing below
-    a later change of the structure comes off before that one.
+    a later change of the structure comes off before that one; run-time plans, which sit on top, always do.
 
     Raises:
         UndoError: it is not on the target, was applied with `undo=False` or came with a folder, or
@@ -238,7 +350,11 @@ def remove(target: Any, report: Report) -> None:
                     raise UndoError(
                         f"'{report.name}' was applied with undo=False or came with a folder: nothing was kept"
                     )
-                registry.handler_of(registry.get_kind(report.kind)).detach(module, entry.attached)
+                lifted = _lift(module) if entry.structural else []
+                try:
+                    registry.handler_of(registry.get_kind(report.kind)).detach(module, entry.attached)
+                finally:
+                    _put_back(module, lifted)
                 record.remove(entry)
                 if entry.structural:
                     mark(target, entry.report.component, module)
@@ -250,7 +366,9 @@ def remove(target: Any, report: Report) -> None:
 
 
 def _check_order(entry: Entry, later: list[Entry]) -> None:
-    blocking = later if entry.structural else [other for other in later if other.structural]
+    if entry.on_top:
+        return
+    blocking = later if entry.settled else [other for other in later if other.settled]
     if blocking:
         raise UndoError(
             f"'{entry.report.name}' cannot come off under '{blocking[-1].report.name}', which was applied after it; "

@@ -10,8 +10,8 @@ from typing import Any
 from vislr.core import registry
 from vislr.core.errors import FormatError, ModelError, UndoError
 from vislr.core.hashing import content_hash
-from vislr.folders import load, read_recipe
-from vislr.recipe import base_state, load_adapter, set_adapters
+from vislr.folders import fused_in, load, read_recipe
+from vislr.recipe import base_state, fuse, load_adapter, set_adapters
 from vislr.record import apply, component_of
 
 
@@ -26,6 +26,8 @@ def steps_text(record: dict[str, Any]) -> list[str]:
             f"{number}. {report['kind']} '{report['name']}'{where}: {len(report['sites'])} sites, "
             f"{before:,} -> {after:,} parameters"
         )
+        weights = change.get("adapters", {}) if report["kind"] == "fuse" else {}
+        lines += [f"   '{name}' at weight {weight:g}" for name, weight in weights.items()]
         plan = change.get("plan")
         if plan is not None:
             told = {key: plan[key] for key in ("criterion", "ratio", "budget", "removal") if plan.get(key) is not None}
@@ -93,7 +95,8 @@ def replay(
         content, or its weights were trained or fused since.
 
     Raises:
-        UndoError: a fused adapter, whose file is not kept; or fewer steps than `leave_out`.
+        UndoError: an adapter fused by other means than `vislr.fuse`, whose file is not kept; or fewer steps than
+            `leave_out`.
         ModelError: another base. FormatError: as `read_recipe`.
     """
     folder = Path(folder)
@@ -106,8 +109,8 @@ def replay(
         raise ModelError(
             f"'{base}' has a {type(component_of(target)[1]).__name__}; the recipe is of a {record['class']}"
         )
-    checked = any_base
-    for step in steps[: len(steps) - leave_out]:
+    checked, fused = any_base, fused_in(steps)
+    for place, step in enumerate(steps[: len(steps) - leave_out]):
         report, change = step["report"], step["change"]
         name = report["name"]
         if "plan" in change:
@@ -116,9 +119,18 @@ def replay(
             if not checked and getattr(plan, "base", None):
                 _check_base(target, plan, base)
             apply(target, plan, name=name)
+        elif report["kind"] == "fuse":
+            fuse(target, list(change["adapters"]), name=name)
+        elif place in fused:
+            later = steps[fused[place]]
+            weight = later["change"]["adapters"][name]
+            load_adapter(target, folder / later["files"][name], name=name, weight=weight, any_base=any_base)
         elif name in record["adapters"]:
             stored = record["adapters"][name]
-            load_adapter(target, folder / stored["file"], name=name, weight=stored["weight"], any_base=any_base)
+            # Its file was written on what later steps made of the weights.
+            later_steps = steps[place + 1 :]
+            accept = any_base or any(registry.get_kind(one["report"]["kind"]).structural for one in later_steps)
+            load_adapter(target, folder / stored["file"], name=name, weight=stored["weight"], any_base=accept)
         else:
             raise UndoError(f"the adapter '{name}' was fused into the weights of '{folder}'; its own file is not kept")
         # What later plans were made on has the earlier steps in it.

@@ -436,6 +436,28 @@ def _plain_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((plain_name(key), parameter) for key, parameter in module.named_parameters())
 
 
+def take_traces(module: Any) -> dict[str, Any]:
+    """Forget that adapters were on a model whose tuner layers were pulled out; gives what `give_traces` takes."""
+    kept = {key: vars(module)[key] for key in (_MARK, "peft_config", "_hf_peft_config_loaded") if key in vars(module)}
+    flags = {key: parameter.requires_grad for key, parameter in _plain_parameters(module)}
+    before: _Before | None = kept.get(_MARK)
+    for key in kept:
+        delattr(module, key)
+    if before is not None:
+        module.__dict__.update(before.attributes)
+        for key, parameter in _plain_parameters(module):
+            parameter.requires_grad_(before.trainable.get(key, parameter.requires_grad))
+    return {"kept": kept, "trainable": flags}
+
+
+def give_traces(module: Any, traces: dict[str, Any]) -> None:
+    """The inverse of `take_traces`, once the tuner layers are back."""
+    module.__dict__.update(traces["kept"])
+    for key, parameter in _plain_parameters(module):
+        if key in traces["trainable"]:
+            parameter.requires_grad_(traces["trainable"][key])
+
+
 def _has_flag(module: nn.Module) -> bool:
     # diffusers and transformers ask this flag before they touch adapters; other models have none.
     return hasattr(type(module), "_hf_peft_config_loaded")

@@ -129,6 +129,8 @@ class SaraLayer(nn.Module, BaseTunerLayer):
         scaling: adapter name -> weight of its change, 1 as trained.
     """
 
+    # Its change is in the base layer's weight itself.
+    in_weight = True
     adapter_layer_names = ("sara_values",)
     other_param_names = ("scaling", "entries")
 
@@ -143,6 +145,8 @@ class SaraLayer(nn.Module, BaseTunerLayer):
         self._off = False
         # (name, scale, version of the vector) of what the weight holds now.
         self._written: tuple[tuple[str, float, int], ...] = ()
+        # The weight's entries as they were written; None: as the vectors say, if their versions are those of then.
+        self._held: torch.Tensor | None = None
         LIVE.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -163,6 +167,7 @@ class SaraLayer(nn.Module, BaseTunerLayer):
     def _apply(self, fn: Any, recurse: bool = True) -> SaraLayer:
         # Not buffers: DistributedDataParallel would send them around at every step.
         super()._apply(fn, recurse)
+        self._held = None
         for entries in self.entries.values():
             entries.move(fn)
         return self
@@ -256,44 +261,37 @@ class SaraLayer(nn.Module, BaseTunerLayer):
         now, before = [part[:2] for part in wanted], [part[:2] for part in self._written]
         parts = self.parts()
         if not parts["weight"].is_meta:
-            if [name for name, _ in now] != [name for name, _ in before] or len(now) > 1:
-                self._put_base(parts, [name for name, _ in before])
-            self._put(parts, now)
+            if now == before and len(now) == 1 and now[0][1] == 1:
+                # An optimiser's step: the same entries, with other values.
+                entries = self.entries[now[0][0]]
+                self._scattered(entries.index, entries.cut, parts, self.current(now[0][0]))
+                self._held = None
+            else:
+                self._held = self._put(parts, now)
         self._written = wanted
 
     @torch.no_grad()
     def _restore(self) -> None:
         parts = self.parts()
         if not parts["weight"].is_meta:
-            self._put_base(parts, [name for name, *_ in self._written])
-        self._written = ()
+            self._put(parts, [])
+        self._written, self._held = (), None
 
     @torch.no_grad()
     def tensors_with(self, names: Sequence[str] = ()) -> dict[str, torch.Tensor]:
         """Copies of "weight" and "bias" as they are with these adapters in; with none, the base bit for bit."""
         copies = {key: part.detach().clone() for key, part in self.parts().items()}
-        self._put_base(copies, [name for name, *_ in self._written])
-        others = self._merged_by_others(copies)
         self._put(copies, [(name, self.scaling[name]) for name in names])
-        for key, change in others.items():
-            copies[key] = torch.where(change != 0, (copies[key] + change).to(copies[key].dtype), copies[key])
         return copies
-
-    def _merged_by_others(self, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What another kind, merged into this weight since SaRA wrote its entries, has added to them."""
-        if any(seen not in (-1, _version(self.sara_values[name])) for name, _, seen in self._written):
-            return {}
-        expected = {key: part.clone() for key, part in base.items()}
-        self._put(expected, [part[:2] for part in self._written])
-        found = {key: part.detach().double() - expected[key].double() for key, part in self.parts().items()}
-        return {key: change for key, change in found.items() if change.any()}
 
     @torch.no_grad()
     def restored(self, weight: torch.Tensor) -> torch.Tensor:
         """A copy of `weight`, which holds what is written now, with the base's entries in their places."""
-        copies = {"weight": weight.detach().clone()}
-        self._put_base(copies, [name for name, *_ in self._written])
-        return copies["weight"]
+        copy = weight.detach().clone()
+        for name, *_ in self._written:
+            entries = self.entries[name]
+            scatter_(copy, entries.index[: entries.cut], entries.base[: entries.cut])
+        return copy
 
     def current(self, name: str) -> torch.Tensor:
         """(n,) the values of all entries of an adapter, frozen ones included."""
@@ -304,29 +302,40 @@ class SaraLayer(nn.Module, BaseTunerLayer):
         full[entries.kept] = values
         return full
 
-    def _put_base(self, parts: dict[str, torch.Tensor], names: Sequence[str]) -> None:
-        for name in names:
-            entries = self.entries[name]
-            self._scattered(entries.index, entries.cut, parts, entries.base)
+    def _put(self, parts: dict[str, torch.Tensor], now: Sequence[tuple[str, float]]) -> torch.Tensor | None:
+        """Bring what `_written` says is in `parts` to `now`; what another kind has merged there since stays.
 
-    def _put(self, parts: dict[str, torch.Tensor], now: Sequence[tuple[str, float]]) -> None:
-        if not now:
-            return
+        Returns:
+            the entries without what another kind has merged.
+        """
+        if not self.entries:
+            return None
+        union, place = torch.unique(torch.cat([e.index.long() for e in self.entries.values()]), return_inverse=True)
+        places = dict(zip(self.entries, place.split([len(e.index) for e in self.entries.values()]), strict=True))
+        dtype, cut = parts["weight"].dtype, int((union < parts["weight"].numel()).sum())
+        wanted = own = self._values(len(union), places, now).to(dtype)
+        if all(seen in (-1, _version(self.sara_values[name])) for name, _, seen in self._written):
+            expected = self._held
+            if expected is None:
+                expected = self._values(len(union), places, [part[:2] for part in self._written]).to(dtype)
+            found = self._gathered(union, cut, parts)
+            carried = (wanted.double() + (found.double() - expected.double())).to(dtype)
+            wanted = torch.where(found == expected, wanted, carried)
+        self._scattered(union, cut, parts, wanted)
+        return own
+
+    def _values(self, count: int, places: dict[str, torch.Tensor], now: Sequence[tuple[str, float]]) -> torch.Tensor:
+        """(count,) float64: every entry of any adapter with these in it."""
+        result = torch.empty(count, dtype=torch.float64, device=next(iter(places.values())).device)
+        for name, place in places.items():
+            result[place] = self.entries[name].base.double()
         if len(now) == 1 and now[0][1] == 1:
-            name = now[0][0]
-            self._scattered(self.entries[name].index, self.entries[name].cut, parts, self.current(name))
-            return
-        index, base, change = [], [], []
+            result[places[now[0][0]]] = self.current(now[0][0]).double()
+            return result
         for name, scale in now:
-            entries = self.entries[name]
-            index.append(entries.index.long())
-            base.append(entries.base.double())
-            change.append(scale * (self.current(name).double() - base[-1]))
-        union, place = torch.unique(torch.cat(index), return_inverse=True)
-        result = torch.empty(len(union), dtype=torch.float64, device=union.device)
-        result[place] = torch.cat(base)
-        result.index_add_(0, place, torch.cat(change))
-        self._scattered(union, int((union < parts["weight"].numel()).sum()), parts, result)
+            change = scale * (self.current(name).double() - self.entries[name].base.double())
+            result.index_add_(0, places[name], change)
+        return result
 
     def _gathered(self, index: torch.Tensor, cut: int, parts: dict[str, torch.Tensor]) -> torch.Tensor:
         pieces = [gather(parts["weight"], index[:cut])]

@@ -13,8 +13,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vislr.anatomy.families import reader_of
+from vislr.anatomy.shapes import RememberedShapes
 from vislr.anatomy.wrapping import unwrapped
+from vislr.core.context import HOOK_NAME
 from vislr.core.errors import ConfigError, ModelError, hint
+from vislr.core.hooks import hook_of, rebind
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -88,13 +91,11 @@ def _rebind(module: nn.Module) -> None:
     if "_hf_hook" in own:
         for name in ("forward", "_old_forward", "_hf_hook"):
             own.pop(name, None)
-    registry = own.get("_diffusers_hook")
-    if registry is not None and registry._hook_order:
-        # Their forward is a closure over the original module, which copying does not reach.
-        own.pop("forward", None)
-        own["_diffusers_hook"] = fresh = type(registry)(module)
-        for name in registry._hook_order:
-            fresh.register_hook(registry.hooks[name], name)
+    rebind(module)
+    context = hook_of(module, HOOK_NAME)
+    if context is not None:
+        # What a call costs does not depend on which call of a run was the last.
+        context.reset_state(module)
 
 
 def sample_of(model: nn.Module, sample: dict[str, int] | None = None, batch: int = 1) -> dict[str, int]:
@@ -190,7 +191,7 @@ def count(model: nn.Module, inputs: dict[str, Any]) -> Counts:
     for module in model.modules():
         handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     try:
-        with torch.no_grad(), counter:
+        with torch.no_grad(), RememberedShapes(), counter:
             model.eval()(**inputs)
     except Exception as error:
         shapes = {key: tuple(value.shape) for key, value in inputs.items() if torch.is_tensor(value)}

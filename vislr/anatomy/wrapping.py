@@ -44,6 +44,28 @@ def strip(model: nn.Module) -> nn.Module:
     return model
 
 
+def wrappers(module: Any) -> list[Any]:
+    """What lies around a layer, the outermost first; [] of a layer itself."""
+    found = []
+    while original(module) is not module:
+        found.append(module)
+        module = module.base_layer if hasattr(module, "base_layer") else module.original_module
+    return found
+
+
+def put_inside(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
+    """Put a layer in the place of the one of this name, inside of whatever wraps it; returns the old one."""
+    parent, _, attribute = name.rpartition(".")
+    holder: Any = model.get_submodule(parent)
+    around = wrappers(getattr(holder, attribute))
+    if around:
+        holder = around[-1]
+        attribute = "base_layer" if hasattr(holder, "base_layer") else "original_module"
+    old = getattr(holder, attribute)
+    setattr(holder, attribute, layer)
+    return old
+
+
 def walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Every module under its name in the model without adapters, in order of definition.
 

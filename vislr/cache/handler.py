@@ -17,13 +17,12 @@ from vislr.cache.plan import CachePlan
 from vislr.cache.regions import region_hooks
 from vislr.cache.state import CacheState
 from vislr.core.clock import Clock, scheduler_of
-from vislr.core.context import remove_step_context, step_context
+from vislr.core.context import context_of, remove_step_context, step_context
 from vislr.core.errors import ConfigError, UndoError
 from vislr.core.hooks import hook_of, put_on, take_off, tidy
 from vislr.core.registry import Attached
 
 OWNER = "cache"
-_TOKENS = "vislr_tokens"
 
 
 class Schedule:
@@ -60,6 +59,11 @@ class Schedule:
         self.state.begin((self.branch,), self.wanted)
         return self.state.reused
 
+    def restart(self) -> None:
+        """As before the first call."""
+        self.state.clear()
+        self.wanted, self.branch = frozenset(), 0
+
 
 def reused_by_step(plan: CachePlan, total: int) -> list[frozenset[int]]:
     """For each step of a run: the regions (places in the plan) that it reuses."""
@@ -88,15 +92,15 @@ def attach(module: Any, change: CachePlan, name: str = "cache", scheduler: Calla
 
     Raises:
         ModelError: no denoiser. TargetError: a block is not there; names the nearest.
-        ConfigError: regions that cannot be cached, or a cache is on already.
+        ConfigError: regions that cannot be cached, a cache is on already, or tokens are missing in part of a region.
     """
-    module = unwrapped(module)
-    hooked = put_hooks(module, change, scheduler)
-    try:
-        dense, average = plan_flops(module, change)
-    except BaseException:
-        take_hooks(module, hooked)
-        raise
+    hooked = put_hooks(unwrapped(module), change, scheduler)
+    return Attached(hooked, {"kind": "cache", "plan": change.to_dict()}, {"hooked": hooked})
+
+
+def account(module: Any, change: CachePlan) -> tuple[tuple[int, int], tuple[str, ...]]:
+    """FLOPs of a call without and, on average over a run, with a plan that is on; and notes."""
+    dense, average = plan_flops(unwrapped(module), change)
     shares = [len(region.refresh.steps(change.steps)) for region in change.regions]
     region = change.regions[0]
     what = f"'{region.first}' to '{region.last}'" if len(shares) == 1 else f"{len(shares)} regions"
@@ -105,7 +109,7 @@ def attach(module: Any, change: CachePlan, name: str = "cache", scheduler: Calla
         f"{what} computed in {times} of {change.steps} steps",
         f"{average / dense:.1%} of the FLOPs, on average over a run of {change.steps} steps",
     )
-    return Attached(hooked, {"kind": "cache", "plan": change.to_dict()}, {"hooked": hooked}, notes, (dense, average))
+    return (dense, average), notes
 
 
 def detach(module: Any, attached: Attached) -> None:
@@ -129,6 +133,7 @@ def put_hooks(module: Any, plan: CachePlan, scheduler: Callable[[], Any] | None 
     for name, hook in hooks.items():
         put_on(module.get_submodule(name), hook, HOOK_NAME)
     context = step_context(module, OWNER)
+    context.left_out[OWNER] = left_out(hooks)
     context.schedules[OWNER] = Schedule(plan, state, Clock(scheduler, plan.steps))
     return tuple(hooks)
 
@@ -140,11 +145,19 @@ def hooks_for(module: Any, plan: CachePlan, state: CacheState) -> dict[str, Any]
         part = module.get_submodule(name)
         if hook_of(part, HOOK_NAME) is not None:
             raise ConfigError(f"'{name}' is cached by something else already; remove that first")
-        if hook_of(part, _TOKENS) is not None:
-            raise ConfigError(
-                f"a token plan works in '{name}', which would not run in cached steps; remove one of them"
-            )
+    context = context_of(module)
+    if context is not None:
+        context.check_stretches(left_out=left_out(hooks))
     return hooks
+
+
+def left_out(hooks: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
+    """The modules that cached steps leave out, region by region."""
+    groups: dict[int, list[str]] = {}
+    for name, hook in hooks.items():
+        if hook.outermost:
+            groups.setdefault(hook.region, []).append(name)
+    return tuple(map(tuple, groups.values()))
 
 
 def take_hooks(module: nn.Module, hooked: tuple[str, ...]) -> None:
@@ -157,10 +170,8 @@ def take_hooks(module: nn.Module, hooked: tuple[str, ...]) -> None:
 
 def schedule_of(module: Any) -> Schedule | None:
     """The schedule of the cache plan on this model, or None."""
-    from vislr.core.context import HOOK_NAME as CONTEXT
-
-    hook = hook_of(unwrapped(module), CONTEXT)
-    found = None if hook is None else hook.context.schedules.get(OWNER)
+    context = context_of(unwrapped(module))
+    found = None if context is None else context.schedules.get(OWNER)
     return found if isinstance(found, Schedule) else None
 
 

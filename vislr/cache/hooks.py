@@ -36,6 +36,8 @@ def _shape(output: Any) -> Any:
 class SkipHook(ModelHook):
     """On a block below a UNet's cached boundary: not run while its region is reused."""
 
+    outermost = True
+
     def __init__(self, state: CacheState, region: int):
         super().__init__()
         self.state, self.region = state, region
@@ -53,6 +55,8 @@ class SkipHook(ModelHook):
 
 class BoundaryHook(ModelHook):
     """On the up block behind a UNet's cached region: keeps what enters, or enters what was kept."""
+
+    outermost = False
 
     def __init__(self, state: CacheState, region: int):
         super().__init__()
@@ -89,9 +93,12 @@ class StretchHook(ModelHook):
     Blocks that give two tensors (text, image) are given both, so each stream has its own change.
     """
 
+    outermost = True
+
     def __init__(self, stretch: Stretch, first: bool, last: bool):
         super().__init__()
         self.stretch, self.first, self.last = stretch, first, last
+        self.region = stretch.region
         # Of the output: 0 a tensor, else how many in a tuple; set by the first full pass.
         self.form = 0
         self.adds = True

@@ -6,6 +6,7 @@ is linear, so mixing the guided halves of a batch and then guiding is the guidan
 
 from __future__ import annotations
 
+import copy
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -69,6 +70,12 @@ class Conductor:
         self.branch = moment.branch
         return self.turn
 
+    def restart(self) -> None:
+        """As before the first call."""
+        self.turn, self.branch = Program(self.plan, self.plan.steps).turn(0), 0
+        if self.state is not None:
+            self.state.clear()
+
 
 class ComposeHook(ModelHook):
     """On the denoiser.
@@ -88,6 +95,16 @@ class ComposeHook(ModelHook):
         self.changes: dict[str, Change] = {}
         self.others: tuple[weakref.ref[nn.Module], ...] = ()
         self.cached: tuple[str, ...] = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ComposeHook:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        own = {key: value for key, value in vars(self).items() if key not in ("others", "fn_ref")}
+        twin.__dict__.update(copy.deepcopy(own, memo))
+        # Text encoders that are not copied with the denoiser belong to the original.
+        parts = [other() for other in self.others]
+        twin.others = tuple(weakref.ref(memo[id(part)]) for part in parts if id(part) in memo)
+        return twin
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         forward: Any = self.fn_ref.original_forward

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,10 +11,10 @@ from typing import Any
 from torch import nn
 
 from vislr.adapters.adabn_layer import check_one_carrier
-from vislr.adapters.inject import adapter_names, carriers
+from vislr.adapters.inject import adapter_layers, adapter_names, carriers
 from vislr.anatomy import denoiser_of
 from vislr.anatomy.wrapping import unwrapped
-from vislr.cache.handler import hooks_for
+from vislr.cache.handler import hooks_for, left_out
 from vislr.cache.hooks import HOOK_NAME as CACHE_HOOK
 from vislr.cache.plan import CachePlan
 from vislr.cache.regions import region_at
@@ -25,7 +26,7 @@ from vislr.compose.plan import MERGED, MIXED, ComposePlan
 from vislr.compose.routing import HOOK_NAME, Route, put_layer_hooks, separable, take_layer_hooks
 from vislr.core.clock import Clock, scheduler_of
 from vislr.core.context import remove_step_context, step_context
-from vislr.core.errors import ConfigError, UndoError
+from vislr.core.errors import ConfigError, ModelError, UndoError
 from vislr.core.hooks import put_on, take_off, tidy
 from vislr.core.registry import Attached
 from vislr.tokens.handler import applied
@@ -54,21 +55,15 @@ def attach(module: Any, change: ComposePlan, name: str = "compose", target: Any 
     """
     module = unwrapped(module)
     put_plan(module, change, target)
-    try:
-        cost = plan_cost(module, change)
-        sites, notes = _account(module, change, cost)
-    except BaseException:
-        take_plan(module)
-        raise
-    data = {"kind": "compose", "plan": change.to_dict()}
-    return Attached(sites, data, {"put": True}, notes, (cost.whole, cost.flops))
-
-
-def _account(module: Any, plan: ComposePlan, cost: Cost) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    from vislr.adapters.inject import adapter_layers
-
-    own = [name for name in plan.adapters if name in adapter_names(module)]
+    own = [name for name in change.adapters if name in adapter_names(module)]
     sites = tuple(dict.fromkeys(site for name in own for site in adapter_layers(module, name)))
+    return Attached(sites, {"kind": "compose", "plan": change.to_dict()}, {"put": True})
+
+
+def account(module: Any, change: ComposePlan) -> tuple[tuple[int, int], tuple[str, ...]]:
+    """FLOPs of a call with one adapter and, on average over a run, with a plan that is on; and notes."""
+    module, plan = unwrapped(module), change
+    cost = plan_cost(module, plan)
     hook = compose_hook(module)
     assert hook is not None
     notes = list(cost.lines())
@@ -78,9 +73,9 @@ def _account(module: Any, plan: ComposePlan, cost: Cost) -> tuple[tuple[str, ...
     errors = [change.error for change in hook.changes.values() if change.error]
     if errors:
         notes.append(f"cut to a rank: relative error up to {max(errors):.3f} on a layer")
-    for other in (name for name in plan.adapters if name not in own):
+    for other in (name for name in plan.adapters if name not in adapter_names(module)):
         notes.append(f"'{other}' is on the text encoders alone")
-    return sites, tuple(notes)
+    return (cost.whole, cost.flops), tuple(notes)
 
 
 def detach(module: Any, attached: Attached) -> None:
@@ -101,6 +96,8 @@ def put_plan(module: Any, plan: ComposePlan, target: Any = None) -> None:
     Raises:
         as `attach`; the pipeline is untouched.
     """
+    if not hasattr(module, "config"):
+        raise ModelError(f"a {type(module).__name__} is no denoiser: there are no steps to compose adapters over")
     if compose_hook(module) is not None:
         raise ConfigError("a composition is on this pipeline already; remove it first")
     others = [part for part in getattr(target, "components", {}).values()
@@ -131,12 +128,8 @@ def put_plan(module: Any, plan: ComposePlan, target: Any = None) -> None:
     hook = ComposeHook(plan, conductor, route, state, not why and plan.passes != "separate")
     hook.changes, hook.others, hook.cached = changes, tuple(map(weakref.ref, others)), tuple(hooks)
 
-    def ready() -> None:
-        # Adapters may have come or gone since the plan went on.
-        check_adapters(module, plan, others)
-        put_layer_hooks(module, plan, route, changes)
-
-    conductor.ready = ready
+    # Of a copied model the arguments are copies, which those of a closure would not be.
+    conductor.ready = functools.partial(_ready, module, hook)
     put_on(module, hook, HOOK_NAME)
     put_layer_hooks(module, plan, route, changes)
     for path, cache_hook in hooks.items():
@@ -145,7 +138,15 @@ def put_plan(module: Any, plan: ComposePlan, target: Any = None) -> None:
         constant = Route()
         constant.parts, constant.merged = (texts,), merged and bool(own)
         put_layer_hooks(part, plan, constant, own)
+    context.left_out[OWNER] = left_out(hooks)
     context.schedules[OWNER] = conductor
+
+
+def _ready(module: Any, hook: ComposeHook) -> None:
+    """Adapters may have come or gone since the plan went on."""
+    parts = [part for other in hook.others if (part := other()) is not None]
+    check_adapters(module, hook.plan, parts)
+    put_layer_hooks(module, hook.plan, hook.route, hook.changes)
 
 
 def _caches(module: Any, plan: ComposePlan) -> tuple[CacheState | None, dict[str, Any]]:

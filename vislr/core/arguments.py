@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -165,6 +165,28 @@ def parse_config(config: type[T], argv: Sequence[str] | None = None, *, prog: st
     parsed = parser.parse_args(_plain_flags(list(sys.argv[1:] if argv is None else argv), parser))
     values = {key: value for key, value in parser.instantiate(parsed).as_dict().items() if key != "config"}
     return config(**values)
+
+
+def read_section(config: type[T], values: Mapping[str, Any], *, where: str) -> T:
+    """Make `config` out of plain data, as `parse_config` does from a file.
+
+    Args:
+        where: what the data is, for messages: "step 2 (prune)".
+
+    Raises:
+        ConfigError: an unknown key or a wrong value, with the nearest valid key.
+    """
+    parser = build_parser(config, prog=where, description="")
+    for key in values:
+        known = {name.partition(".")[0] for name in _keys(parser)} - {"config"}
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key '{key}'{hint(str(key), known)}")
+    try:
+        parsed = parser.parse_object(dict(values))
+        found = parser.instantiate(parsed).as_dict()
+        return config(**{key: value for key, value in found.items() if key != "config"})
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def dump_config(config: Any, path: str | Path) -> None:

@@ -8,9 +8,13 @@ caches, composition) read it and keep no step counters of their own: a Python co
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from vislr.core.errors import ConfigError
+from vislr.core.hooks import hook_of, put_on, take_off
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +43,8 @@ class StepContext:
             `(timestep) -> phase` with any few-valued phase, asked once a call, outside of graphs.
         phases: by owner, what its schedule said last.
         owners: who uses the context; the hook goes with the last one.
+        left_out: by owner, groups of modules that it leaves out of some calls, each group as a whole (caches).
+        joined: by owner, groups of modules of which a call runs all or none (blocks that tokens are missing in).
         inputs: what the denoiser got, by name, its latent always as "sample"; only while schedules are asked.
     """
 
@@ -49,12 +55,41 @@ class StepContext:
     schedules: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
     phases: dict[str, Any] = field(default_factory=dict)
     owners: set[str] = field(default_factory=set)
+    left_out: dict[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+    joined: dict[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
 
     def reset(self) -> None:
         """Forget the last call; schedules and owners stay."""
         self.timestep, self.phase, self.adapter_ids = None, Phase.FULL, None
         self.phases.clear()
+
+    def restart(self) -> None:
+        """As before the first call of all, also schedules that remember calls (their `restart`)."""
+        self.reset()
+        for schedule in self.schedules.values():
+            getattr(schedule, "restart", lambda: None)()
+
+    def check_stretches(self, left_out: Iterable[Sequence[str]] = (), joined: Iterable[Sequence[str]] = ()) -> None:
+        """Refuse modules that would be left out of a call without others that must run with them.
+
+        Args:
+            left_out, joined: further groups, beside those that are noted.
+
+        Raises:
+            ConfigError: names the group and what is left out of it.
+        """
+        out = [*itertools.chain(*self.left_out.values()), *left_out]
+        for group in (*itertools.chain(*self.joined.values()), *joined):
+            for names in out:
+                inside = [one for one in group if any(one == name or one.startswith(f"{name}.") for name in names)]
+                if inside and len(inside) < len(group):
+                    raise ConfigError(
+                        f"tokens leave in '{group[0]}' and come back after '{group[-1]}'; a cache leaves "
+                        f"'{inside[0]}' to '{inside[-1]}' out in some steps, where other tokens are missing than in "
+                        "the step that it kept. It can leave out all of these blocks or none: choose another boundary "
+                        "or span, or remove one of the two plans"
+                    )
 
     def enter(self, timestep: torch.Tensor | None, inputs: dict[str, Any] | None = None) -> None:
         """A call begins: note its timestep and ask the schedules, which may look at the inputs."""
@@ -86,7 +121,7 @@ def step_context(denoiser: nn.Module, owner: str | None = None) -> StepContext:
         owner: noted as a user of the context, for `remove_step_context`.
     """
     import torch
-    from diffusers.hooks import HookRegistry, ModelHook
+    from diffusers.hooks import ModelHook
 
     class StepContextHook(ModelHook):
         def __init__(self) -> None:
@@ -122,17 +157,22 @@ def step_context(denoiser: nn.Module, owner: str | None = None) -> StepContext:
             return twin
 
         def reset_state(self, module: nn.Module) -> nn.Module:
-            self.context.reset()
+            self.context.restart()
             return module
 
-    registry = HookRegistry.check_if_exists_or_initialize(denoiser)
-    hook: Any = registry.get_hook(HOOK_NAME)
+    hook: Any = hook_of(denoiser, HOOK_NAME)
     if hook is None:
         hook = StepContextHook()
-        registry.register_hook(hook, HOOK_NAME)
+        put_on(denoiser, hook, HOOK_NAME)
     if owner is not None:
         hook.context.owners.add(owner)
     return hook.context
+
+
+def context_of(denoiser: nn.Module) -> StepContext | None:
+    """The context of this denoiser, or None if nobody uses one."""
+    hook: Any = hook_of(denoiser, HOOK_NAME)
+    return None if hook is None else hook.context
 
 
 def remove_step_context(denoiser: nn.Module, owner: str | None = None) -> None:
@@ -142,16 +182,14 @@ def remove_step_context(denoiser: nn.Module, owner: str | None = None) -> None:
         denoiser: the model.
         owner: leaves the context; the hook stays for other owners. None: the hook goes in any case.
     """
-    from diffusers.hooks import HookRegistry
-
-    registry = HookRegistry.check_if_exists_or_initialize(denoiser)
-    hook: Any = registry.get_hook(HOOK_NAME)
+    hook: Any = hook_of(denoiser, HOOK_NAME)
     if hook is None:
         return
     if owner is not None:
         hook.context.owners.discard(owner)
         hook.context.schedules.pop(owner, None)
-        hook.context.phases.pop(owner, None)
+        for table in (hook.context.phases, hook.context.left_out, hook.context.joined):
+            table.pop(owner, None)
         if hook.context.owners:
             return
-    registry.remove_hook(HOOK_NAME, recurse=False)
+    take_off(denoiser, HOOK_NAME)

@@ -5,7 +5,9 @@ A handler is a module with two functions::
     attach(module, change, name) -> Attached     # changes the module; all or nothing
     detach(module, attached) -> None             # exact, or UndoError
 
-and, where the change needs the pipeline beside its denoiser, `attach_to(target)`, which gives the `attach`.
+and two more where they are needed: `attach_to(target)` gives the `attach` of a change that reads the pipeline
+beside its denoiser; `account(module, change)` gives the FLOPs before and after, and notes, of a change on the
+module whose calls differ over a run.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ class Kind:
         handler: module with `attach` and `detach`.
         structural: whether the change is part of the component's saved structure.
         description: one line for listings.
+        settles: whether it makes earlier changes part of the weights: they stay below it.
     """
 
     name: str
@@ -35,6 +38,7 @@ class Kind:
     handler: str
     structural: bool
     description: str
+    settles: bool = False
 
 
 @dataclass
@@ -46,15 +50,14 @@ class Attached:
         change: the change with everything resolved, as plain JSON data.
         undo: whatever `detach` needs; None if the change cannot be taken back.
         notes: lines for the report.
-        flops: FLOPs of one forward before and after, on average over a run, where one forward on meta
-            does not say it (changes with phases); None: count one.
+        files: name -> content of what a folder must keep so that the change can be replayed.
     """
 
     sites: tuple[str, ...]
     change: dict[str, Any]
     undo: Any = None
     notes: tuple[str, ...] = field(default=())
-    flops: tuple[int, int] | None = None
+    files: dict[str, bytes] = field(default_factory=dict)
 
 
 _KINDS = {
@@ -78,6 +81,8 @@ _KINDS = {
              "several adapters in one image (merge, Switch, Composite, CMLoRA)"),
         Kind("file", "vislr.formats.live:FileChange", "vislr.formats.live", False,
              "an adapter out of a file of another tool"),
+        Kind("fuse", "vislr.formats.fusing:FusePlan", "vislr.formats.fusing", False,
+             "adapters made part of the weights, their files kept", settles=True),
         Kind("peft", "peft:PeftConfig", "vislr.adapters.inject", False,
              "any adapter config of peft: LoRA, DoRA, LoHa, LoKr, OFT, ..."),
         Kind("layers", "vislr.prune.plan:LayerPlan", "vislr.prune.removal", True,

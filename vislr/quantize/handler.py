@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vislr.anatomy.wrapping import original, unwrapped
+from vislr.anatomy.wrapping import original, put_inside, unwrapped, walk, wrappers
 from vislr.core.errors import ModelError, TargetError, UndoError, hint
 from vislr.core.quantizing import affine_of, holds_codes
 from vislr.core.registry import Attached
@@ -22,12 +22,14 @@ def attach(module: nn.Module, plan: QuantPlan, name: str = "default") -> Attache
     """Quantise the plan's layers. Inputs start at the calibrated ranges, the same for every timestep.
 
     Args:
-        module: the model that the plan was made for; layer plans may be on it, adapters not.
+        module: the model that the plan was made for; layer plans may be on it, and adapters that add to a layer's
+            output: they stay, around the quantised layer.
         plan: layers, bits, ranges.
         name: for the record.
 
     Raises:
-        ModelError: the plan is for another model, an adapter is on a layer, or a layer is quantised already.
+        ModelError: the plan is for another model, an adapter is in the weight of a layer, or a layer is quantised
+            already.
         TargetError: the model has no such layer, or it is none that can be quantised. The model is as it was.
     """
     module = unwrapped(module)
@@ -45,14 +47,13 @@ def attach(module: nn.Module, plan: QuantPlan, name: str = "default") -> Attache
             new.set_input(*affine_of(low, high, spec.input_bits))
         errors[path] = weight_error(layer.weight, new)
     _swap(module, made)
-    if plan.timesteps:
-        steps = put_steps(module, plan.timesteps)
-        for new in made.values():
-            new.steps = steps
+    steps = put_steps(module, plan.timesteps) if plan.timesteps else None
+    for new in made.values():
+        new.steps = steps
     return Attached(
         sites=tuple(layers),
         change={"kind": "quant", "plan": plan.to_dict()},
-        undo={"old": layers, "new": made, "steps": bool(plan.timesteps)},
+        undo={"old": layers, "new": made, "steps": steps},
         notes=_notes(before, stored_bytes(module), errors),
     )
 
@@ -64,17 +65,17 @@ def detach(module: nn.Module, attached: Attached) -> None:
         UndoError: something else stands in the place of a quantised layer.
     """
     module = unwrapped(module)
-    modules = dict(module.named_modules())
+    layers = {name: original(outer) for name, outer in walk(module)}
     for path, new in attached.undo["new"].items():
-        if modules.get(path) is not new:
+        if layers.get(path) is not new:
             raise UndoError(f"'{path}' is not the layer that the plan put there; undo what came after the plan first")
     for path, old in attached.undo["old"].items():
         new = attached.undo["new"][path]
         old.to(device=new.codes.device, dtype=new.compute_dtype)
         old.train(new.training)
     _swap(module, attached.undo["old"])
-    if attached.undo["steps"]:
-        take_steps(module)
+    if attached.undo["steps"] is not None:
+        take_steps(module, attached.undo["steps"])
 
 
 def rebuild(module: nn.Module, plan: QuantPlan) -> None:
@@ -104,13 +105,18 @@ def checked(module: nn.Module, plan: QuantPlan) -> dict[str, Any]:
         raise ModelError(f"the plan is for a {plan.architecture}; this is a {own}")
     if plan.timesteps and "timestep" not in inspect.signature(type(module).forward).parameters:
         raise ModelError(f"a {own} is told no timestep; expected inputs 'dynamic', 'static' or 'none'")
-    modules = dict(module.named_modules())
+    found = dict(walk(module))
+    modules = {name: original(outer) for name, outer in found.items()}
     for name in plan.layers:
         layer = modules.get(name)
         if layer is None:
             raise TargetError(f"this {own} has no layer '{name}'{hint(name, quantizable(module))}")
-        if original(layer) is not layer:
-            raise ModelError(f"an adapter is on '{name}'; fuse or remove it, then quantise, then put it on again")
+        for wrapper in wrappers(found[name]):
+            if getattr(wrapper, "in_weight", False) or getattr(wrapper, "merged_adapters", ()):
+                raise ModelError(
+                    f"an adapter is in the weight of '{name}', in whose place integers go; fuse it for good "
+                    "(vislr.fuse) or remove it, then quantise"
+                )
         if holds_codes(layer):
             raise ModelError(f"'{name}' is quantised already; remove that plan first")
         if kind_for(layer) is None:
@@ -132,13 +138,12 @@ def _check_shared(modules: dict[str, nn.Module], plan: QuantPlan) -> None:
 
 def quantizable(module: nn.Module) -> list[str]:
     """Names of the layers that a plan can name, in the model's order."""
-    return [name for name, layer in module.named_modules() if kind_for(original(layer)) is not None]
+    return [name for name, outer in walk(module) if kind_for(original(outer)) is not None]
 
 
 def _swap(module: nn.Module, layers: dict[str, Any]) -> None:
     for path, layer in layers.items():
-        parent, _, attribute = path.rpartition(".")
-        setattr(module.get_submodule(parent), attribute, layer)
+        put_inside(module, path, layer)
 
 
 def weight_error(weight: torch.Tensor, layer: QuantLayer) -> float:

@@ -7,6 +7,7 @@ two entries step sizes are interpolated linearly in the timestep, outside of the
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -45,10 +46,11 @@ class Steps:
     Args:
         timesteps: of the tables' entries, ascending.
         context: of the denoiser.
+        owner: of the look-up in the context; every plan on a model has its own.
     """
 
-    def __init__(self, timesteps: tuple[float, ...], context: StepContext) -> None:
-        self.timesteps, self.context = timesteps, context
+    def __init__(self, timesteps: tuple[float, ...], context: StepContext, owner: str) -> None:
+        self.timesteps, self.context, self.owner = timesteps, context, owner
 
     def __call__(self, timestep: torch.Tensor) -> Position:
         return locate(self.timesteps, timestep)
@@ -59,7 +61,7 @@ class Steps:
         Raises:
             ModelError: the layer runs outside of a call of its denoiser.
         """
-        found: Any = self.context.phases.get(OWNER)
+        found: Any = self.context.phases.get(self.owner)
         if found is None:
             raise ModelError("step sizes by timestep are known inside of a call of the denoiser alone")
         return found
@@ -67,15 +69,16 @@ class Steps:
 
 def put_steps(module: nn.Module, timesteps: tuple[float, ...]) -> Steps:
     """Have the denoiser's one hook look every call's timestep up."""
-    context = step_context(module, OWNER)
-    steps = Steps(timesteps, context)
-    context.schedules[OWNER] = steps
+    context = step_context(module)
+    owner = next(name for n in itertools.count() if (name := f"{OWNER}.{n}") not in context.schedules)
+    context.owners.add(owner)
+    context.schedules[owner] = steps = Steps(timesteps, context, owner)
     return steps
 
 
-def take_steps(module: nn.Module) -> None:
+def take_steps(module: nn.Module, steps: Steps) -> None:
     """The inverse of `put_steps`."""
-    remove_step_context(module, OWNER)
+    remove_step_context(module, steps.owner)
 
 
 def looked_up(scale: torch.Tensor, zero: torch.Tensor, at: Position) -> tuple[torch.Tensor, torch.Tensor]:

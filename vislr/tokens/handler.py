@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from vislr.anatomy.wrapping import unwrapped
-from vislr.core.context import StepContext, remove_step_context, step_context
+from vislr.core.context import StepContext, context_of, remove_step_context, step_context
 from vislr.core.errors import ConfigError, TargetError, UndoError, hint
 from vislr.core.hooks import hook_of, put_on, take_off, tidy
 from vislr.core.registry import Attached
@@ -58,6 +58,12 @@ class _Schedule:
         self.last = now
         return EARLY if self.boundary is not None and now >= self.boundary else LATE
 
+    def restart(self) -> None:
+        """As before the first call."""
+        self.last = float("inf")
+        for route in self.routes:
+            route.memory = None
+
 
 class TokenHook(GridHook):
     """On the backbone: what `applied` finds, beside the grid of backbones whose own input is the image."""
@@ -83,18 +89,21 @@ def attach(module: Any, change: TokenPlan, name: str = "tokens") -> Attached:
     """
     module = unwrapped(module)
     hooked = put_hooks(module, change)
-    from vislr.tokens.solving import plan_flops
-
-    counts = plan_flops(module, change)
     layout = token_layout(module)
     blocks = {cut.after for span in (*change.early, *change.late) for cut in span.cuts}
     return Attached(
         sites=tuple(block for run in layout.runs for block in run.blocks if block in blocks),
         change={"kind": "tokens", "plan": change.to_dict()},
         undo={"hooked": hooked},
-        notes=counts.notes(),
-        flops=(counts.dense, round(counts.average)),
     )
+
+
+def account(module: Any, change: TokenPlan) -> tuple[tuple[int, int], tuple[str, ...]]:
+    """FLOPs of a call without and, on average over a run, with a plan that is on; and notes."""
+    from vislr.tokens.solving import plan_flops
+
+    counts = plan_flops(module, change)
+    return (counts.dense, round(counts.average)), counts.notes()
 
 
 def detach(module: Any, attached: Attached) -> None:
@@ -126,7 +135,12 @@ def put_hooks(module: Any, plan: TokenPlan) -> tuple[str, ...]:
         raise ConfigError("a token plan is on this model already; remove it first")
     layout = token_layout(module)
     _check(plan, layout, module)
+    joined = joined_blocks(plan, layout)
+    other = context_of(module)
+    if other is not None:
+        other.check_stretches(joined=joined)
     context = step_context(module, OWNER)
+    context.joined[OWNER] = joined
     routes: list[Route] = []
     hooks = _hooks(plan, layout, context, routes)
     for target, hook in hooks.items():
@@ -205,7 +219,7 @@ def _hooks(plan: TokenPlan, layout: Layout, context: StepContext, routes: list[R
             holders.setdefault(run.holder, ([], run.patch))[0].append(route)
             keeps = {cut.after: cut.keep for cut in span.cuts}
             first = span.cuts[0].after
-            for block in _touched(span, run.blocks, layout):
+            for block in _touched(span, layout):
                 works.setdefault(block, {})[phase] = Work(
                     route, block, keeps.get(block), block == first, block == span.until
                 )
@@ -219,11 +233,23 @@ def _hooks(plan: TokenPlan, layout: Layout, context: StepContext, routes: list[R
     return hooks
 
 
-def _touched(span: Span, blocks: tuple[str, ...], layout: Layout) -> list[str]:
-    """Blocks of the span that need a hook: where tokens leave or come back; all where positions are passed on."""
+def joined_blocks(plan: TokenPlan, layout: Layout) -> tuple[tuple[str, ...], ...]:
+    """The blocks of every span: tokens that are missing in one of them are missing in all."""
+    return tuple(_inside(span, layout) for span in (*plan.early, *plan.late))
+
+
+def _inside(span: Span, layout: Layout) -> tuple[str, ...]:
+    run = layout.run_of(span.cuts[0].after)
+    assert run is not None
+    blocks = run.blocks
     start = blocks.index(span.cuts[0].after)
     end = len(blocks) - 1 if span.until is None else blocks.index(span.until)
-    inside = blocks[start : end + 1]
+    return blocks[start : end + 1]
+
+
+def _touched(span: Span, layout: Layout) -> list[str]:
+    """Blocks of the span that need a hook: where tokens leave or come back; all where positions are passed on."""
+    inside = _inside(span, layout)
     if layout.family == "flux":
         return list(inside)
     marks = {cut.after for cut in span.cuts} | {span.until}
