@@ -90,7 +90,9 @@ def main() -> None:
     # What no fine-tuning sees: other captions, other noise.
     asked = trajectory_inputs(pipe, Trajectories(tuple(captions[:8]), 8, 4, a.steps, GUIDANCE, 1000, options), every=2)
     net = measure.feature_net()
-    reference = net.features([p for p in pictures if p.name not in set(names)][: 2 * a.count])
+    # Spread over all: they come in the order of their categories.
+    unused = [p for p in pictures if p.name not in set(names)]
+    reference = net.features(unused[:: max(1, len(unused) // (2 * a.count))])
     gallery = measure.prototypes([p for p in zoo.images() if p.style != "noto"], net=net, cache=folder / "cache")
 
     def judged(seed: int) -> dict[str, Any]:

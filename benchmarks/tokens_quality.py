@@ -75,8 +75,9 @@ def main() -> None:
     chosen = pictures[:: max(1, len(pictures) // a.count)][: a.count]
     captions, names = [p.caption for p in chosen], [p.name for p in chosen]
     net = measure.feature_net()
-    others = set(names)
-    reference = net.features([p for p in pictures if p.name not in others][: 2 * a.count])
+    # Spread over all: they come in the order of their categories.
+    unused = [p for p in pictures if p.name not in set(names)]
+    reference = net.features(unused[:: max(1, len(unused) // (2 * a.count))])
     gallery = measure.prototypes([p for p in zoo.images() if p.style != "noto"], net=net, cache=folder / "cache")
     denoiser = denoiser_of(pipe)[1]
     teacher = copy.deepcopy(denoiser)
