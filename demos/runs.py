@@ -15,6 +15,7 @@ from vislr.core.errors import AdapterError, ConfigError, VislrError, hint
 from vislr.core.files import write_picture
 from vislr.demos.session import Loaded, Picture, Session
 from vislr.demos.shared import Stopped
+from vislr.pipelines.picture_notes import Job, hashes_of, note_of
 
 # The method that is none: the base model, for comparison.
 BASE = "base"
@@ -190,17 +191,20 @@ def drawing(session: Session, wanted: Wanted) -> Run:
                 size=wanted.size, batch=wanted.count, negative=wanted.negative, on_step=on_step,
             )  # fmt: skip
         used = [] if line.method == BASE else list(zip(adapters, weights, strict=True))
-        for image, seed in zip(images, wanted.seeds, strict=True):
-            # The words of `vislr generate`, and the plan.
-            made = {
-                "model": session.pipeline.name,
-                "adapter": [f"{adapter.label}:{weight:g}" for adapter, weight in used],
-                "prompts": [wanted.prompt],
-                "seeds": [seed],
-                **{name: getattr(wanted, name) for name in ("negative", "steps", "guidance", "size")},
-                "method": line.method,
-                "plan": plan,
-            }
+        # The words of `vislr generate`, which can make the picture again.
+        settings = {
+            "model": session.pipeline.name,
+            "adapter": [f"{adapter.label}:{weight:g}" for adapter, weight in used],
+            **{name: getattr(wanted, name) for name in ("steps", "guidance", "size")},
+            "device": str(pipe.device),
+            "dtype": str(pipe.dtype).removeprefix("torch."),
+            "any_base": True,
+            "method": line.method,
+        }
+        hashes = hashes_of(session.pipeline.name, None, [adapter.path for adapter, _ in used], None)
+        batch = [Job(wanted.prompt, seed, wanted.negative) for seed in wanted.seeds]
+        for place, (image, seed) in enumerate(zip(images, wanted.seeds, strict=True)):
+            made = note_of(settings, batch, place, hashes, plan)
             path = session.folder / f"{line.method}-{seed}-{time.time_ns():x}.png"
             write_picture(path, image, made)
             line.pictures.append(

@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vislr.data import make_grid
 
     pipe, names, weights, files = _loaded(config)
-    plans = {method: _plan(config, pipe, method, names, weights, files) for method in config.methods}
+    plans = {method: plan_of(config, pipe, method, names, weights, files) for method in config.methods}
     lines = []
     for method, plan in plans.items():
         report = record.apply(pipe, plan, name=method)
@@ -249,9 +249,15 @@ def _loaded(config: ComposeConfig | ProfileConfig) -> tuple[Any, list[str], list
     return pipe, names, [weight for _, weight in given], [path for path, _ in given]
 
 
-def _plan(
-    config: ComposeConfig, pipe: Any, method: str, names: list[str], weights: list[float], files: list[Path]
+def plan_of(
+    config: ComposeConfig, pipe: Any, method: str, names: list[str], weights: list[float], files: Sequence[Path | None]
 ) -> Any:
+    """The ComposePlan of one method by the fields of `config` that the method knows.
+
+    Args:
+        pipe: with the adapters on it. names, weights: of the adapters. files: of each, whose profile lies beside it;
+            None: it has none.
+    """
     from vislr import compose
 
     options: dict[str, Any] = {
@@ -263,7 +269,7 @@ def _plan(
     }  # fmt: skip
     if method == "cmlora":
         options |= {"cache": config.cache, "refresh": config.refresh_every or "non-uniform", "high": config.high}
-        profiles = [compose.read_profile(file) for file in files]
+        profiles = [None if file is None else compose.read_profile(file) for file in files]
         if config.high is None and all(one is not None for one in profiles):
             found = zip(profiles, names, strict=True)
             options["profiles"] = [dataclasses.replace(one, adapter=name) for one, name in found if one is not None]

@@ -149,6 +149,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(
         PruneConfig, argv, prog="vislr prune", description="Remove layers of a pipeline and let it recover."
     )
+    return carry_out(config)
+
+
+def carry_out(config: PruneConfig) -> int:
+    """Do what the config says; returns the exit code."""
     folder = Path(config.output.folder)
     _check_folder(config, folder)
 
@@ -163,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not hasattr(pipe, "components"):
         raise ModelError(f"'{config.model.base}' is one model; expected a whole pipeline")
     pipe.to(config.model.device or accelerator.device)
-    inventory = units_of(pipe, _granularity(config), removal=config.plan.removal)
+    inventory = units_of(pipe, granularity_of(config), removal=config.plan.removal)
     accelerator.print(_overview(config, pipe, inventory))
     _check_ratio(config, inventory)
     if config.dry_run:
@@ -206,7 +211,8 @@ def _check_ratio(config: PruneConfig, inventory: Inventory) -> None:
         solve.check_reachable(inventory, needed, config.plan.budget)
 
 
-def _granularity(config: PruneConfig) -> str:
+def granularity_of(config: PruneConfig) -> str:
+    """Size of the units that the config chooses from."""
     if config.plan.criterion == "hierarchical":
         return "part" if config.plan.cut == "hybrid" else "block"
     return config.plan.granularity

@@ -142,8 +142,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="vislr quantize",
         description="Keep a pipeline's denoiser in few bits, and fine-tune it without data.",
     )
+    return carry_out(config)
+
+
+def carry_out(config: QuantizeConfig) -> int:
+    """Do what the config says; returns the exit code."""
     if config.dry_run:
-        print(_dry_run(config))
+        print(dry_run(config))
         return 0
     folder = _folder(config)
     dump_config(config, folder / "config.yaml")
@@ -378,7 +383,7 @@ def _draw(layers: dict[str, Any], errors: dict[str, float], folder: Path) -> Non
     draw_layers(layers, errors, folder / "layers.png")
 
 
-def _dry_run(config: QuantizeConfig) -> str:
+def dry_run(config: QuantizeConfig) -> str:
     """Layers and size by structure alone; ranges and sensitivity need the weights."""
     from vislr import anatomy, zoo
     from vislr.quantize import QuantPlan, weight_only_plan

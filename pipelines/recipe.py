@@ -1,5 +1,6 @@
-"""`vislr recipe show | diff | replay | undo`: what was done to a folder, and doing it again.
+"""`vislr recipe run | show | diff | replay | undo`: several verbs in a row; what was done to a folder, done again.
 
+vislr recipe run recipes/small-fast.yaml --out runs/small-fast
 vislr recipe show runs/pruned/pipeline
 vislr recipe diff one two
 vislr recipe replay runs/pruned/pipeline --base emoji-unet --out again
@@ -56,6 +57,10 @@ class RecipeConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `vislr recipe` with these arguments; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["run"]:
+        from vislr.pipelines.recipe_run import run_recipe
+
+        return run_recipe(arguments[1:])
     for name in ("action", "folder", "other"):
         if arguments and not arguments[0].startswith("-"):
             word = arguments.pop(0)
@@ -64,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             break
     config = parse_config(
         RecipeConfig, arguments, prog="vislr recipe",
-        description="What was done to a folder. `vislr recipe show FOLDER` is short for --action show --folder FOLDER.",
+        description="What was done to a folder. `vislr recipe show FOLDER` is short for --action show --folder FOLDER. "
+        "`vislr recipe run --help`: several verbs in a row.",
     )  # fmt: skip
     if config.out is not None:
         check_output(config.out)

@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vislr import record, tokens
 
     target = _target(config)
-    plan = _plan(config, target)
+    plan = plan_of(config, target)
     report = record.apply(target, plan, name="tokens", measure=config.measure)
     print(report)
     if config.prompts:
@@ -122,7 +122,8 @@ def _target(config: TokensConfig) -> Any:
     return pipe
 
 
-def _plan(config: TokensConfig, target: Any) -> Any:
+def plan_of(config: TokensConfig, target: Any) -> Any:
+    """The TokenPlan that the config asks for, for a pipeline or a model without weights."""
     from vislr.tokens import at_edm_plan, tome_plan
 
     common: dict[str, Any] = {

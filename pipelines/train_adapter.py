@@ -29,6 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         TrainConfig, argv, prog="vislr train", description="Train an adapter on a folder of pictures."
     )
     shard_if_asked(config)
+    return carry_out(config)
+
+
+def carry_out(config: TrainConfig) -> int:
+    """Do what the config says; returns the exit code."""
     if config.check_data:
         return _check(config)
     from vislr.pipelines import training_setup as setup

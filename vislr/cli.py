@@ -22,7 +22,7 @@ VERBS = {
     "prune": ("vislr.pipelines.prune", "remove layers of a pipeline and let it recover by distillation"),
     "quantize": ("vislr.pipelines.quantize", "keep a pipeline in few bits, fine-tuned without data"),
     "export": ("vislr.pipelines.export", "write a pipeline for tools without vislr: plain folder, single file, ONNX"),
-    "recipe": ("vislr.pipelines.recipe", "show, compare, replay or undo what was done to a folder"),
+    "recipe": ("vislr.pipelines.recipe", "run several verbs in a row; show, compare, replay or undo what was done"),
     "generate": ("vislr.pipelines.generate", "make images with a pipeline and adapters"),
     "compose": ("vislr.pipelines.compose", "several adapters in one picture; profiles of adapters"),
     "convert": ("vislr.pipelines.convert", "an adapter file in another tool's format"),

@@ -10,6 +10,7 @@ from PIL import Image
 import vislr
 from vislr import compose
 from vislr.adapters.inject import active_adapters
+from vislr.cli import main
 from vislr.core.errors import AdapterError, ConfigError, DataError, FormatError
 from vislr.core.files import read_picture, write_picture
 from vislr.core.hashing import content_hash
@@ -83,13 +84,28 @@ def test_a_picture_says_how_it_was_made(session):
     assert (plan.method, plan.adapters, plan.weights) == ("switch", ("style", "subject"), (0.8, 1.0))
     assert plan.switching.every == 1
     assert switch.pop("version") == vislr.__version__
+    assert switch.pop("beside") == {"prompts": ["a red car"], "seeds": [0], "negatives": ["a cat"], "place": 0}
+    assert len(switch.pop("hashes")["adapter"]) == 2
+    assert "torch" in switch.pop("machine")
     assert switch == {
         "model": session.pipeline.name, "adapter": ["style:0.8", "subject:1"], "prompts": ["a red car"],
         "negative": "a cat", "seeds": [0], "steps": 2, "guidance": 4.0, "size": None, "method": "switch",
+        "device": "cpu", "dtype": "float32", "any_base": True,
     }  # fmt: skip
     assert (base["adapter"], base["plan"]) == ([], None)
     path = saving.save_grid(session, [line.pictures[0] for line in run.lines])
     assert [made["method"] for made in read_picture(path)["pictures"]] == ["switch", BASE]
+
+
+def test_the_command_line_makes_a_picture_of_the_studio_again(session, files, tmp_path):
+    run = drawing(session, wanted(methods=("switch", BASE), every=1, count=2))
+    run.execute()
+    for line, adapters in zip(run.lines, (["--adapter", str(files["style"]), str(files["subject"])], []), strict=True):
+        path = line.pictures[1].path
+        again = ["generate", "--again", str(path), *adapters, "--model", str(files["pipeline"])]
+        assert main([*again, "--out", str(tmp_path)]) == 0
+        with Image.open(path) as first, Image.open(tmp_path / path.name) as second:
+            assert first.tobytes() == second.tobytes()
 
 
 def test_what_fails_says_so_and_the_next_goes_on(session):

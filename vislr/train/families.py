@@ -183,7 +183,7 @@ def sequence_length(pipe: Any) -> int:
 
     Without a limit of its own SD3 attends to 256 tokens of padding: four times the work of 16.
     """
-    most, name = _LENGTHS.get(type(pipe).__name__, (256, "tokenizer_3"))
+    most, name = _LENGTHS.get(type(pipe).__name__.replace("Img2Img", ""), (256, "tokenizer_3"))
     return min(most, (getattr(pipe, name, None) or pipe.tokenizer).model_max_length)
 
 
