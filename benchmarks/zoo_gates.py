@@ -141,7 +141,8 @@ def main() -> None:
         known = zoo.images(style=style, split="train")
         chosen = known[:: max(1, len(known) // a.count)][: a.count]
         names = {p.name for p in chosen}
-        reference = net.features([p for p in known if p.name not in names][: 2 * a.count])
+        # All of them: they come in the order of their categories, so the first ones are of other kinds.
+        reference = net.features([p for p in known if p.name not in names])
         gallery = measure.prototypes([p for p in zoo.images() if p.style != style])
         drawn = draw(pipe, [p.caption for p in chosen], a.steps, a.guidance)
         training = net.features(known)
@@ -161,9 +162,10 @@ def main() -> None:
     figures["scene subjects"] = element_retrieval(judge, drawn, scenes)
     figures["scene subjects ceiling"] = element_retrieval(judge, reconstructions(pipe.vae, scenes), scenes)
     sheet([[*scenes[:16]], [*drawn[:16]]]).save(a.sheets / f"{a.pipeline}-scenes.png")
+    state = zoo.cards()[a.pipeline]
     if a.training:
-        losses = json.loads((a.training / f"{a.pipeline.removeprefix('emoji-')}-state" / "state.json").read_text())
-        loss_curve(losses["losses"], a.sheets / f"{a.pipeline}-loss.png")
+        state = json.loads((a.training / f"{a.pipeline.removeprefix('emoji-')}-state" / "state.json").read_text())
+    loss_curve(state["losses"], a.sheets / f"{a.pipeline}-loss.png")
     write(a.pipeline, figures)
 
 
