@@ -5,6 +5,7 @@ import json
 import pytest
 from tiny import tiny_conv_net, tiny_unet
 
+import vislr
 from vislr.core.errors import ConfigError, ModelError, TargetError, UndoError
 from vislr.tokens import Cut, Span, TokenPlan, at_edm_plan, attach, detach, tome_plan
 from vislr.tokens.handler import put_hooks
@@ -124,5 +125,5 @@ def test_models_without_tokens():
 
 def test_a_plan_that_saves_nothing_says_so():
     unet = tiny_unet()
-    notes = attach(unet, at_edm_plan(unet, keep=1.0)).notes
-    assert any("saves nothing" in note for note in notes)
+    report = vislr.apply(unet, at_edm_plan(unet, keep=1.0))
+    assert any("saves nothing" in note for note in report.notes)

@@ -113,7 +113,7 @@ def test_generate_is_the_same_in_any_batch_and_says_how(sd_folder, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "error", "message"),
     [
-        (["--prompts", "a quokka"], DataError, "prompts: the embedded models do not know the word 'quokka'"),
+        (["--prompts", "a quokka"], DataError, "prompt 1: the embedded models do not know the word 'quokka'"),
         ([], ConfigError, "prompts is empty"),
         (
             ["--prompts", "a cat", "--adapter", "none.safetensors:0.5"],

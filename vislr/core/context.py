@@ -42,6 +42,7 @@ class StepContext:
         schedules: by owner ("tokens", "cache"), where several changes have schedules of their own:
             `(timestep) -> phase` with any few-valued phase, asked once a call, outside of graphs.
         phases: by owner, what its schedule said last.
+        held: by owner, a phase that every call is of in place of what its schedule would say (counting, comparing).
         owners: who uses the context; the hook goes with the last one.
         left_out: by owner, groups of modules that it leaves out of some calls, each group as a whole (caches).
         joined: by owner, groups of modules of which a call runs all or none (blocks that tokens are missing in).
@@ -54,6 +55,7 @@ class StepContext:
     schedule: Any = None
     schedules: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
     phases: dict[str, Any] = field(default_factory=dict)
+    held: dict[str, Any] = field(default_factory=dict)
     owners: set[str] = field(default_factory=set)
     left_out: dict[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
     joined: dict[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
@@ -93,19 +95,20 @@ class StepContext:
 
     def enter(self, timestep: torch.Tensor | None, inputs: dict[str, Any] | None = None) -> None:
         """A call begins: note its timestep and ask the schedules, which may look at the inputs."""
-        adapter_ids, phases = self.adapter_ids, dict(self.phases)
+        adapter_ids = self.adapter_ids
         self.reset()
         self.timestep, self.adapter_ids = timestep, adapter_ids
+        self.phases.update(self.held)
         if timestep is not None and timestep.is_meta:
-            # A counted forward has no values to ask about: phases stay what they were set to.
-            self.phases.update(phases)
+            # A counted forward has no values to ask about.
             return
         self.inputs = inputs or {}
         try:
             if self.schedule is not None:
                 self.phase = self.schedule(timestep)
             for owner, schedule in self.schedules.items():
-                self.phases[owner] = schedule(timestep)
+                if owner not in self.held:
+                    self.phases[owner] = schedule(timestep)
         finally:
             self.inputs = {}
 
@@ -188,7 +191,7 @@ def remove_step_context(denoiser: nn.Module, owner: str | None = None) -> None:
     if owner is not None:
         hook.context.owners.discard(owner)
         hook.context.schedules.pop(owner, None)
-        for table in (hook.context.phases, hook.context.left_out, hook.context.joined):
+        for table in (hook.context.phases, hook.context.held, hook.context.left_out, hook.context.joined):
             table.pop(owner, None)
         if hook.context.owners:
             return

@@ -190,19 +190,15 @@ def held_in(module: Any, phase: str | None) -> Iterator[None]:
     """While inside, every call is of this phase; None: the plan does nothing (a model to compare with)."""
     found = applied(module)
     assert found is not None
-    schedule = found.context.schedules.pop(OWNER, None)
-    before = found.context.phases.get(OWNER)
-    found.context.schedules[OWNER] = lambda timestep: phase or "off"
-    found.context.phases[OWNER] = phase or "off"
+    held = found.context.held
+    before = held.get(OWNER)
+    held[OWNER] = phase or "off"
     try:
         yield
     finally:
-        found.context.schedules.pop(OWNER)
-        found.context.phases.pop(OWNER, None)
-        if schedule is not None:
-            found.context.schedules[OWNER] = schedule
+        held.pop(OWNER)
         if before is not None:
-            found.context.phases[OWNER] = before
+            held[OWNER] = before
 
 
 def _hooks(plan: TokenPlan, layout: Layout, context: StepContext, routes: list[Route]) -> dict[str, Any]:
