@@ -103,12 +103,12 @@ class _Held:
 
 
 def sheet(rows: list[list[Any]]) -> Image.Image:
-    """Pictures in rows, twice their size."""
+    """Pictures in rows, twice their size, in 256 colours."""
     made = Image.new("RGB", (64 * max(map(len, rows)), 64 * len(rows)), "white")
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
             made.paste(_Held(picture).image(), (64 * x, 64 * y))
-    return made.resize((made.width * 2, made.height * 2), Image.Resampling.NEAREST)
+    return made.quantize(256).resize((made.width * 2, made.height * 2), Image.Resampling.NEAREST)
 
 
 def loss_curve(losses: list[list[float]], path: Path) -> None:
