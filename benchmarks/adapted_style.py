@@ -23,14 +23,17 @@ from vislr.data import ImageFolder
 BATCH = 16
 
 
-def draw(pipe, captions: list[str], steps: int, guidance: float) -> list:
-    """One picture a caption, each from its own seed."""
+def draw(
+    pipe, captions: list[str], steps: int, guidance: float, *, batch: int = BATCH, seed: int = 0, **options
+) -> list:
+    """One picture a caption, each from its own seed; the first one's is `seed`."""
     pictures = []
     pipe.set_progress_bar_config(disable=True)
-    for start in tqdm(range(0, len(captions), BATCH), desc="drawing"):
-        some = captions[start : start + BATCH]
-        seeds = [torch.Generator().manual_seed(start + i) for i in range(len(some))]
-        pictures += pipe(some, num_inference_steps=steps, guidance_scale=guidance, generator=seeds).images
+    call = {"num_inference_steps": steps, "guidance_scale": guidance, **options}
+    for start in tqdm(range(0, len(captions), batch), desc="drawing"):
+        some = captions[start : start + batch]
+        seeds = [torch.Generator().manual_seed(seed + start + i) for i in range(len(some))]
+        pictures += pipe(some, generator=seeds, **call).images
     return pictures
 
 

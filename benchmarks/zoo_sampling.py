@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
+from adapted_style import draw
 from diffusers import DPMSolverMultistepScheduler
 
 from vislr import measure, zoo
@@ -33,15 +33,12 @@ UNET = {
 
 
 def drawn(pipe: Any, captions: list[str], batch: int, scheduler: str | None = None, **options: Any) -> list[Any]:
-    """A picture for each caption, each from a seed of its own."""
+    """The captions' pictures, with this kind of DPM-Solver++ if one is named."""
     own = pipe.scheduler
     if scheduler:
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(own.config, algorithm_type=scheduler)
-    call = {"num_inference_steps": 20, "guidance_scale": 3.0, **options}
-    pictures: list[Any] = []
-    for i in range(0, len(captions), batch):
-        seeds = [torch.Generator().manual_seed(1000 + i + j) for j in range(len(captions[i : i + batch]))]
-        pictures += pipe(captions[i : i + batch], generator=seeds, **call).images
+    steps, guidance = options.pop("num_inference_steps", 20), options.pop("guidance_scale", 3.0)
+    pictures = draw(pipe, captions, steps, guidance, batch=batch, seed=1000, **options)
     pipe.scheduler = own
     return pictures
 
@@ -54,7 +51,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=25)
     a = parser.parse_args()
     pipe = assemble(a.training, a.pipeline) if a.training else zoo.pipeline(a.pipeline)
-    pipe.set_progress_bar_config(disable=True)
     net = measure.feature_net()
     known = zoo.images(style="noto", split="train")
     chosen = known[:: max(1, len(known) // a.count)][: a.count]

@@ -55,17 +55,17 @@ def hashes_of(model: str, base: str | None, adapters: Sequence[Path], image: str
     }
 
 
-def model_hash(name: str) -> str | None:
-    """Of the files of an embedded pipeline, a folder, or a recipe's folder; None: a hub id."""
+def model_hash(name: str, quick: bool = True) -> str | None:
+    """Of the files of an embedded pipeline, a folder, or a recipe's folder; None: a hub id. `quick`: of `file_hash`."""
     from vislr import zoo
 
     path = Path(name)
     if path.is_file():
         # A recipe: its folder has the adapters that it names.
-        return file_hash(path.parent, quick=True)
+        return file_hash(path.parent, quick)
     if not path.exists() and name in zoo.pipeline_names():
         path = zoo.pipeline_folder(name)
-    return file_hash(path, quick=True) if path.is_dir() else None
+    return file_hash(path, quick) if path.is_dir() else None
 
 
 def note_of(

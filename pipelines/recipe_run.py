@@ -190,7 +190,8 @@ class Run:
         """
         config, started = self.config, time.monotonic()
         check_output(self.out)
-        self.base = [config.base, model_hash(config.base)]
+        # Read whole: a step of a base that has changed anywhere must not be taken for done.
+        self.base = [config.base, model_hash(config.base, quick=False)]
         if config.overwrite:
             for path in self.out.iterdir():
                 if path.name.lstrip(".")[:2].isdigit() and path.is_dir():
