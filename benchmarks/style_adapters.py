@@ -20,8 +20,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm import tqdm
+from adapted_style import draw
 
 import vislr
 from vislr import measure, zoo
@@ -32,7 +31,6 @@ from vislr.pipelines import train_adapter
 from vislr.train import AdapterSection
 
 METHODS = ("lora", "convlora", "flora", "sara")
-BATCH = 16
 
 
 def section(method: str, size: int | None = None, model: Any = None) -> tuple[dict[str, Any], int]:
@@ -81,18 +79,6 @@ def train(a: argparse.Namespace, method: str, fields: dict, lr: float, seed: int
     if code:
         raise SystemExit(code)
     return out
-
-
-def draw(pipe: Any, captions: list[str], steps: int, guidance: float) -> list:
-    """One picture a caption, each from its own seed."""
-    pictures: list = []
-    pipe.set_progress_bar_config(disable=True)
-    for start in tqdm(range(0, len(captions), BATCH), desc="drawing"):
-        some = captions[start : start + BATCH]
-        seeds = [torch.Generator().manual_seed(start + i) for i in range(len(some))]
-        extra = {"max_sequence_length": 16} if hasattr(pipe, "transformer") else {}
-        pictures += pipe(some, num_inference_steps=steps, guidance_scale=guidance, generator=seeds, **extra).images
-    return pictures
 
 
 def main() -> None:

@@ -131,7 +131,7 @@ def attach(config: TrainConfig, target: Any) -> list[Report]:
     import torch
 
     from vislr import recipe
-    from vislr.adapters import adapter_names
+    from vislr.adapters import adapter_names, adapter_parameters
     from vislr.anatomy import denoiser_of
     from vislr.train.base import store_base
     from vislr.train.families import family_of
@@ -139,7 +139,11 @@ def attach(config: TrainConfig, target: Any) -> list[Report]:
     name = config.adapter.name
     if config.init_adapter is not None:
         # Its own base may have been another number type, or kept in fewer bits.
-        reports = [recipe.load_adapter(target, config.init_adapter, name=name, any_base=True)]
+        loaded = recipe.load_adapter(target, config.init_adapter, name=name, any_base=True)
+        carriers = [denoiser_of(target)[1], *(getattr(target, key, None) for key in config.adapter.text_encoders)]
+        held = [adapter_parameters(one, name) for one in carriers if one is not None and name in adapter_names(one)]
+        # A file's adapter comes frozen; here it is what is trained.
+        reports = [replace(loaded, trainable=sum(p.numel() for part in held for p in part.values()))]
     else:
         reports = [recipe.apply(target, config.adapter.to_change(), name=name)]
     for component in config.adapter.text_encoders:

@@ -138,7 +138,7 @@ def test_measured_plans_keep_what_changes_little(sd):
     assert plan.criterion == "measured"
     assert 0 < len(plan.regions) <= len(changes)
     for region in plan.regions:
-        assert region.refresh.chosen == cache.planning.refreshes(changes[region.first], middle)
+        assert region.refresh.chosen == cache.planning.refreshes(changes[region.first, region.last], middle)
     assert cache.plan_picture(plan).width > 400
     report = vislr.apply(sd, plan)
     assert report.flops[1] < report.flops[0]

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from adapted import fill
+from adapted import SHORT, fill
 from peft import LoraConfig
-from tiny import tiny_sd3_transformer, tiny_unet
+from tiny import tiny_sd3_pipeline, tiny_sd3_transformer, tiny_unet
 
 import vislr
 from vislr import cache, compose, quantize
@@ -15,15 +15,15 @@ from vislr.anatomy import sample_inputs
 from vislr.core.context import context_of, step_context
 from vislr.core.errors import AdapterError, ConfigError, ModelError, UndoError
 from vislr.prune import LayerPlan
-from vislr.tokens import Cut, Span, TokenPlan, at_edm_plan
+from vislr.tokens import Cut, Span, TokenPlan, at_edm_plan, tome_plan
 
 LORA = LoraConfig(r=2, target_modules=["to_q"])
 SMALL = {"batch": 2, "tokens": 8}
 
 
-def sd3(seed=0):
+def sd3(seed=0, blocks=4):
     torch.manual_seed(seed)
-    return tiny_sd3_transformer(num_layers=4)
+    return tiny_sd3_transformer(num_layers=blocks)
 
 
 def calls(model, times=(900.0, 600.0, 300.0, 100.0)):
@@ -93,6 +93,82 @@ def test_tokens_missing_in_a_part_of_the_cached_blocks_are_refused_in_both_order
         vislr.remove(model, report)
         assert traces(model) == []
     assert torch.equal(calls(model), plain)
+
+
+def names(first, last):
+    return (f"transformer_blocks.{first}", f"transformer_blocks.{last}")
+
+
+def test_a_cache_is_planned_around_or_beside_the_blocks_that_tokens_miss():
+    model = sd3(blocks=12)
+    usual = cache.interval_plan(model, 2, steps=4)
+    cases = {
+        # Tokens leave after, come back after; what is cached then.
+        (0, 11): (0, 11), (0, 3): (4, 9), (3, 8): (2, 9), (1, 10): (1, 10), (9, 11): (2, 8), (0, 9): (0, 9),
+    }  # fmt: skip
+    assert (usual.regions[0].first, usual.regions[0].last) == names(2, 9)
+    for (leave, back), cached in cases.items():
+        span = Span((Cut(names(leave, back)[0], 0.5),), names(leave, back)[1])
+        tokens = vislr.apply(model, TokenPlan((span,), recovery="update"))
+        plan = cache.interval_plan(model, 2, steps=4)
+        assert (plan.regions[0].first, plan.regions[0].last) == names(*cached), (leave, back)
+        report = vislr.apply(model, plan)
+        note = [line for line in report.notes if line.startswith("not the usual")]
+        assert len(note) == (cached != (2, 9))
+        assert all(f"from '{span.cuts[0].after}' to '{span.until}'" in line for line in note)
+        for one in (report, tokens):
+            vislr.remove(model, one)
+    assert cache.interval_plan(model, 2, steps=4) == usual
+
+
+@pytest.mark.parametrize(
+    ("tokens", "boundary", "nearest"),
+    [((0, 11), 6, r"leave it out \(null\), which caches 'transformer_blocks.0' to 'transformer_blocks.11'"),
+     ((3, 8), 7, "'transformer_blocks.9', which caches 'transformer_blocks.2' to 'transformer_blocks.8'")],
+)  # fmt: skip
+def test_a_boundary_that_is_given_and_does_not_fit_is_refused_with_the_nearest(tokens, boundary, nearest):
+    model = sd3(blocks=12)
+    first, last = names(*tokens)
+    vislr.apply(model, TokenPlan((Span((Cut(first, 0.5),), last),), recovery="update"))
+    with pytest.raises(ConfigError, match=rf"boundary 'transformer_blocks.{boundary}' does not fit.*{nearest}"):
+        cache.interval_plan(model, 2, f"transformer_blocks.{boundary}")
+
+
+def test_tokens_are_planned_among_blocks_that_a_cache_leaves_out_together():
+    model = sd3(blocks=12)
+    report = vislr.apply(model, cache.interval_plan(model, 2, steps=4))
+    plan = at_edm_plan(model, keep=0.5, early=0.5, steps=4)
+    assert [(span.cuts[0].after, span.until) for span in plan.late] == [names(2, 9)]
+    assert [(span.cuts[0].after, span.until) for span in plan.early] == [names(2, 8)]
+    assert [(span.cuts[0].after, span.until) for span in tome_plan(model, keep=0.5).late] == [names(2, 9)]
+    tokens = vislr.apply(model, plan)
+    assert any("from 'transformer_blocks.2' to 'transformer_blocks.9' alone" in line for line in tokens.notes)
+    both = calls(model)
+    vislr.remove(model, report)
+    assert not torch.equal(calls(model), both)
+    vislr.remove(model, tokens)
+    three = sd3(blocks=3)
+    lone = [cache.Region(name, name, cache.Refresh(every=2)) for name in names(0, 2)]
+    vislr.apply(three, cache.CachePlan(tuple(lone)))
+    with pytest.raises(ConfigError, match="neither leave out nor run two blocks in a row together"):
+        at_edm_plan(three, keep=0.5, early=0.0)
+
+
+def test_what_tokens_miss_together_is_measured_and_kept_as_one():
+    pipe = tiny_sd3_pipeline()
+    pipe.register_modules(transformer=sd3(blocks=6))
+    pipe.set_progress_bar_config(disable=True)
+    model = pipe.transformer
+    call = {"steps": 3, "guidance": 3.0, **SHORT}
+    alone = cache.measured_changes(pipe, ["a cat face"], [0], **call)
+    assert list(alone) == [names(n, n) for n in range(6)]
+    vislr.apply(pipe, TokenPlan((Span((Cut(names(1, 3)[0], 0.5),), names(1, 3)[1]),), recovery="update"))
+    changes = cache.measured_changes(pipe, ["a cat face"], [0], **call)
+    assert list(changes) == [names(0, 0), names(1, 3), names(4, 4), names(5, 5)]
+    assert all(len(curve) == 2 and min(curve) > 0 for curve in changes.values())
+    plan = cache.measured_plan(pipe, ["a cat face"], threshold=10.0, **call)
+    assert [(region.first, region.last) for region in plan.regions] == list(changes)
+    assert vislr.apply(pipe, plan).flops[1] < vislr.measure.flops(model)
 
 
 def test_hooks_come_off_in_any_order(unet):

@@ -29,7 +29,6 @@ FAMILIES = {
     "conv": "conv net",
 }
 ADAPTERS = ("lora", "convlora", "flora", "sara")
-TRANSFORMERS = ("sd3", "flux")
 CLASSIFIERS = ("vit", "conv")
 MARKS = ("begin: written by tests/support/pairs.py", "end")
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "together.md"
@@ -121,16 +120,6 @@ RULES = (
         ("quant",), ("sara",), "5",
         "SaRA trains entries of a weight, and a quantised layer has none; LoRA, ConvLoRA, FLoRA and QALoRA go on it",
         "AdapterError", "cannot adapt",
-    ),
-    Rule(
-        ("tokens",), ("cache",), "6",
-        "transformers: where tokens leave before the cached blocks and come back behind them, a cached step would add "
-        "features of other tokens. A plan whose tokens leave and come back inside of the cached blocks works, in both "
-        "orders",
-        "ConfigError", "tokens leave in", TRANSFORMERS,
-    ),
-    Rule(
-        ("cache",), ("tokens",), "6", "as above", "ConfigError", "tokens leave in", TRANSFORMERS,
     ),
     Rule(
         ("compose",), ADAPTERS, "*",

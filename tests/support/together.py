@@ -72,13 +72,13 @@ def _unet() -> Any:
 
 def _sd3() -> Any:
     pipe = tiny_sd3_pipeline()
-    pipe.register_modules(transformer=tiny_sd3_transformer(num_layers=3))
+    pipe.register_modules(transformer=tiny_sd3_transformer(num_layers=4))
     return pipe
 
 
 def _flux() -> Any:
     pipe = tiny_flux_pipeline()
-    pipe.register_modules(transformer=tiny_flux_transformer(num_layers=1, num_single_layers=2))
+    pipe.register_modules(transformer=tiny_flux_transformer(num_layers=1, num_single_layers=3))
     return pipe
 
 

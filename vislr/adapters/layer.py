@@ -30,6 +30,12 @@ _FORWARDED = frozenset(
 )  # fmt: skip
 
 
+def delta_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The number type in which deltas of a weight of `dtype` are made: float32, for float64 that."""
+    # Not `promote_types`, which knows no 8-bit floats.
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def chain(layer: Any) -> Iterator[nn.Module]:
     """The layer, then each `base_layer` below it: tuner layers of several kinds nest."""
     nested = True
@@ -91,7 +97,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     def add(self, name: str, config: Any) -> None:
         """Make the parameters of adapter `name`: float32 (float64 on a float64 layer), where the weight is."""
         weight = self._base.weight
-        tensors = self.create(name, config, dtype=torch.promote_types(weight.dtype, torch.float32))
+        tensors = self.create(name, config, dtype=delta_dtype(weight.dtype))
         for attribute, tensor in tensors.items():
             getattr(self, attribute)[name] = nn.Parameter(tensor.to(weight.device))
         self.scaling[name] = self.unit_scale(name)
@@ -160,7 +166,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             return self._delta(name, self.scaling[name] if scale is None else scale, self._wide())
 
     def _wide(self) -> torch.dtype:
-        return torch.promote_types(self._base.weight.dtype, torch.float32)
+        return delta_dtype(self._base.weight.dtype)
 
     def _tensors(self, name: str) -> Iterator[torch.Tensor]:
         return (tensor for _, tensor in self._named_tensors(name))

@@ -14,7 +14,7 @@ from vislr.anatomy.cost import count
 from vislr.anatomy.wrapping import unwrapped
 from vislr.cache.hooks import HOOK_NAME
 from vislr.cache.plan import CachePlan
-from vislr.cache.regions import region_hooks
+from vislr.cache.regions import moved, region_hooks
 from vislr.cache.state import CacheState
 from vislr.core.clock import Clock, scheduler_of
 from vislr.core.context import context_of, remove_step_context, step_context
@@ -108,6 +108,7 @@ def account(module: Any, change: CachePlan) -> tuple[tuple[int, int], tuple[str,
     notes = (
         f"{what} computed in {times} of {change.steps} steps",
         f"{average / dense:.1%} of the FLOPs, on average over a run of {change.steps} steps",
+        *moved(module, change.regions),
     )
     return (dense, average), notes
 

@@ -11,7 +11,7 @@ import torch
 from vislr.anatomy import denoiser_of
 from vislr.anatomy.wrapping import unwrapped
 from vislr.cache.plan import CachePlan, Refresh, Region
-from vislr.cache.regions import backbone_of, region_at
+from vislr.cache.regions import backbone_of, fitting_region, stretches_missed
 from vislr.cache.running import run_once
 from vislr.core.errors import ConfigError
 
@@ -19,19 +19,23 @@ from vislr.core.errors import ConfigError
 def interval_plan(target: Any, every: int = 3, boundary: str | None = None, *, steps: int = 25) -> CachePlan:
     """Compute the deep part of a denoiser in every k-th step (DeepCache, arXiv 2312.00858).
 
+    Of a transformer with a token plan on it, the cached blocks hold all that tokens are missing in, or none of it: the
+    nearest such stretch is taken, and the report says so.
+
     Args:
-        target: a pipeline or a denoiser.
+        target: a pipeline or a denoiser, with what is on it.
         every: k; 1 computes always, bit for bit as without a cache.
         boundary: of a UNet, the up block that the cached features enter (None: the last); of a transformer,
             the block before which the cached ones end (None: a sixth of the blocks runs at both ends).
         steps: of a run, for the averages of the report.
 
     Raises:
-        ConfigError: `every` below 1. TargetError, ModelError: as `region_at`.
+        ConfigError: `every` below 1, or tokens are missing in a part of what ends before the boundary (names the
+            nearest that fits). TargetError, ModelError: as `region_at`.
     """
     if every < 1:
         raise ConfigError(f"every is {every}; expected 1 or more")
-    return CachePlan((region_at(denoiser_of(target)[1], boundary, Refresh(every=every)),), steps)
+    return CachePlan((fitting_region(denoiser_of(target)[1], boundary, Refresh(every=every)),), steps)
 
 
 def measured_plan(
@@ -48,7 +52,8 @@ def measured_plan(
 
     A block's change between two steps is |L_s - L_(s-1)|_1 / |L_s|_1 of what it adds to its input (section
     3.2), averaged over runs. It is computed anew where these changes add up to more than `threshold`. The
-    paper's fine-tuned scale and shift of kept features is left out.
+    paper's fine-tuned scale and shift of kept features is left out. Blocks that tokens miss together, under a token
+    plan that is on, are measured and kept as one.
 
     Args:
         pipe: a pipeline; UNets are measured by resnet and attention, transformers by block.
@@ -67,10 +72,10 @@ def measured_plan(
         )
     changes = measured_changes(pipe, prompts, seeds, steps=steps, guidance=guidance, **call)
     regions = []
-    for name, curve in changes.items():
+    for (first, last), curve in changes.items():
         chosen = refreshes(curve, threshold)
         if len(chosen) <= len(curve):
-            regions.append(Region(name, name, Refresh(chosen=chosen, of=len(curve) + 1)))
+            regions.append(Region(first, last, Refresh(chosen=chosen, of=len(curve) + 1)))
     if not regions:
         least = min(min(curve) for curve in changes.values())
         raise ConfigError(f"with threshold {threshold} nothing is kept: the least change of a block is {least:.3f}")
@@ -90,10 +95,10 @@ def refreshes(changes: Sequence[float], threshold: float) -> tuple[int, ...]:
 
 def measured_changes(
     pipe: Any, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance: float, **call: Any
-) -> dict[str, list[float]]:
-    """Unit -> its relative change from each call of a run to the next, averaged over runs."""
+) -> dict[tuple[str, str], list[float]]:
+    """(first, last) module of what can be kept -> its change from each call to the next, averaged over runs."""
     module = unwrapped(denoiser_of(pipe)[1])
-    sums: dict[str, list[float]] = {}
+    sums: dict[tuple[str, str], list[float]] = {}
     runs = [(prompt, seed) for prompt in prompts for seed in seeds]
     for prompt, seed in runs:
         with _recording(module) as curves:
@@ -104,27 +109,43 @@ def measured_changes(
     return sums
 
 
+def _stretches(module: Any) -> list[tuple[str, str]]:
+    """First and last module of what is measured by itself: lone units, or those that tokens miss together."""
+    units = backbone_of(module).units
+    found: list[tuple[int, int]] = []
+    for first, last in sorted([*stretches_missed(module, units), *((n, n) for n in range(len(units)))]):
+        if found and first <= found[-1][1]:
+            found[-1] = (found[-1][0], max(last, found[-1][1]))
+        else:
+            found.append((first, last))
+    return [(units[first], units[last]) for first, last in found]
+
+
 @contextmanager
-def _recording(module: Any) -> Iterator[dict[str, list[float]]]:
-    """While inside, every unit's change between its calls is noted."""
-    curves: dict[str, list[float]] = {}
-    last: dict[str, torch.Tensor] = {}
+def _recording(module: Any) -> Iterator[dict[tuple[str, str], list[float]]]:
+    """While inside, every stretch's change between its calls is noted."""
+    curves: dict[tuple[str, str], list[float]] = {}
+    entered: dict[tuple[str, str], torch.Tensor] = {}
+    last: dict[tuple[str, str], torch.Tensor] = {}
     handles = []
 
-    def watch(name: str) -> Any:
+    def watch(name: tuple[str, str]) -> None:
+        def enter(unit: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+            entered[name] = args[0] if args else kwargs["hidden_states"]
+
         def note(unit: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            made = output[-1] if isinstance(output, tuple) else output
-            entered = args[0] if args else kwargs["hidden_states"]
-            added = (made - entered if made.shape == entered.shape else made).detach().float()
+            made, before = output[-1] if isinstance(output, tuple) else output, entered.pop(name)
+            added = (made - before if made.shape == before.shape else made).detach().float()
             if name in last and last[name].shape == added.shape:
                 change = (added - last[name]).abs().sum() / added.abs().sum().clamp(min=1e-12)
                 curves.setdefault(name, []).append(float(change))
             last[name] = added
 
-        return note
+        handles.append(module.get_submodule(name[0]).register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(module.get_submodule(name[1]).register_forward_hook(note, with_kwargs=True))
 
-    for name in backbone_of(module).units:
-        handles.append(module.get_submodule(name).register_forward_hook(watch(name), with_kwargs=True))
+    for name in _stretches(module):
+        watch(name)
     try:
         yield curves
     finally:

@@ -23,6 +23,7 @@ from vislr.anatomy.wrapping import original, unwrapped
 from vislr.cache.hooks import BoundaryHook, SkipHook, Stretch, StretchHook
 from vislr.cache.plan import Refresh, Region
 from vislr.cache.state import CacheState
+from vislr.core.context import context_of
 from vislr.core.errors import ConfigError, ModelError, TargetError, hint
 
 TRANSFORMERS = ("sd3", "flux", "pixart", "dit")
@@ -122,6 +123,71 @@ def region_at(model: Any, boundary: str | None = None, refresh: Refresh | None =
     if end <= edge:
         raise ModelError(f"a transformer of {len(blocks)} blocks has none between the first {edge} and {boundary!r}")
     return Region(blocks[edge], blocks[end - 1], refresh)
+
+
+def fitting_region(model: Any, boundary: str | None = None, refresh: Refresh | None = None) -> Region:
+    """`region_at`, moved where some of its blocks alone would be among those that tokens miss together.
+
+    A cached step leaves out all blocks between which a token plan takes tokens away and brings them back, or none of
+    them. The region is the nearest to that of `region_at`; of two as near, the one that leaves out less.
+
+    Args:
+        model, boundary, refresh: as in `region_at`. A boundary that is given stays: only the first block moves.
+
+    Raises:
+        as `region_at`. ConfigError: nothing that ends before this boundary fits; names the nearest one that does.
+    """
+    region, blocks = region_at(model, boundary, refresh), backbone_of(model).blocks
+    missing = stretches_missed(model, blocks)
+    start, end = blocks.index(region.first), blocks.index(region.last)
+    if _fits(start, end, missing):
+        return region
+    spans = [(i, j) for j in range(len(blocks)) for i in range(j + 1) if _fits(i, j, missing)]
+    spans.sort(key=lambda span: (abs(span[0] - start) + abs(span[1] - end), span[1] - span[0]))
+    own = [span for span in spans if boundary is None or span[1] == end]
+    if not own:
+        i, j = spans[0]
+        first, last = _longest([span for span in missing if span[0] <= end < span[1]], blocks)
+        right = f"the nearest that does is '{blocks[j + 1]}'" if j + 1 < len(blocks) else "leave it out (null)"
+        raise ConfigError(
+            f"boundary '{boundary}' does not fit: tokens leave in '{first}' and come back after '{last}', and cached "
+            f"steps run all of these blocks or none; {right}, which caches '{blocks[i]}' to '{blocks[j]}'"
+        )
+    return Region(blocks[own[0][0]], blocks[own[0][1]], region.refresh)
+
+
+def stretches_missed(model: Any, names: tuple[str, ...]) -> list[tuple[int, int]]:
+    """First and last place among `names` of every stretch whose modules a call runs all or none of."""
+    context = context_of(unwrapped(model))
+    groups = [] if context is None else [group for own in context.joined.values() for group in own]
+    places = [[n for n, name in enumerate(names) if any(_within(one, name) for one in group)] for group in groups]
+    return list(dict.fromkeys((own[0], own[-1]) for own in places if own))
+
+
+def _fits(start: int, end: int, missing: list[tuple[int, int]]) -> bool:
+    return all(end < first or last < start or (start <= first and last <= end) for first, last in missing)
+
+
+def moved(model: Any, regions: tuple[Region, ...]) -> tuple[str, ...]:
+    """A line for a report: where the usual region would be, if tokens are missing in a part of it."""
+    blocks = backbone_of(model).blocks
+    missing = [(first, last) for first, last in stretches_missed(model, blocks) if first < last]
+    if len(regions) > 1 or not missing:
+        return ()
+    usual = region_at(model)
+    crossing = [span for span in missing if not _fits(blocks.index(usual.first), blocks.index(usual.last), [span])]
+    if not crossing or (regions[0].first, regions[0].last) == (usual.first, usual.last):
+        return ()
+    first, last = _longest(crossing, blocks)
+    return (
+        f"not the usual '{usual.first}' to '{usual.last}': tokens are missing from '{first}' to '{last}', of which a "
+        "cached step runs all or none",
+    )
+
+
+def _longest(spans: list[tuple[int, int]], blocks: tuple[str, ...]) -> tuple[str, str]:
+    first, last = max(spans, key=lambda span: span[1] - span[0])
+    return blocks[first], blocks[last]
 
 
 def region_hooks(model: Any, regions: tuple[Region, ...], state: CacheState) -> dict[str, Any]:

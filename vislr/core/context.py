@@ -89,8 +89,8 @@ class StepContext:
                     raise ConfigError(
                         f"tokens leave in '{group[0]}' and come back after '{group[-1]}'; a cache leaves "
                         f"'{inside[0]}' to '{inside[-1]}' out in some steps, where other tokens are missing than in "
-                        "the step that it kept. It can leave out all of these blocks or none: choose another boundary "
-                        "or span, or remove one of the two plans"
+                        "the step that it kept. It can leave out all of these blocks or none: plan the second on the "
+                        "model that carries the first, which chooses so, or remove one of the two"
                     )
 
     def enter(self, timestep: torch.Tensor | None, inputs: dict[str, Any] | None = None) -> None:

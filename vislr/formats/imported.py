@@ -20,7 +20,7 @@ from torch import nn
 from torch.func import functional_call
 
 from vislr.adapters.geometry import Geometry, geometry_of, why_not
-from vislr.adapters.layer import DeltaLayer, DeltaTuner, chain
+from vislr.adapters.layer import DeltaLayer, DeltaTuner, chain, delta_dtype
 from vislr.adapters.targets import check_shared, innermost, modules_outside
 from vislr.core.errors import AdapterError, FormatError, hint
 from vislr.formats import algebra
@@ -171,7 +171,7 @@ class ImportedLayer(DeltaLayer):
             self.imported_tensors = nn.ModuleDict()
             self.imported_kinds = {}
         weight, shapes = self._base.weight, config.shapes[config.site]
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        dtype = delta_dtype(weight.dtype)
         self.imported_tensors[name] = _Held(
             {key: shapes[key] for key in shapes if key != "alpha"}, dtype, weight.device
         )

@@ -16,7 +16,7 @@ from vislr.core.errors import ConfigError, TargetError, UndoError, hint
 from vislr.core.hooks import hook_of, put_on, take_off, tidy
 from vislr.core.registry import Attached
 from vislr.tokens.hooks import OWNER, BlockHook, GridHook, PartHook, Work
-from vislr.tokens.layout import Layout, token_layout
+from vislr.tokens.layout import Layout, beside_caches, token_layout
 from vislr.tokens.plan import EARLY, LATE, Span, TokenPlan
 from vislr.tokens.routes import Kept, Route
 
@@ -103,7 +103,20 @@ def account(module: Any, change: TokenPlan) -> tuple[tuple[int, int], tuple[str,
     from vislr.tokens.solving import plan_flops
 
     counts = plan_flops(module, change)
-    return (counts.dense, round(counts.average)), counts.notes()
+    return (counts.dense, round(counts.average)), (*counts.notes(), *_narrowed(module))
+
+
+def _narrowed(module: Any) -> tuple[str, ...]:
+    """A line for a report where a cache has the plan keep to a part of the blocks."""
+    found, layout = applied(module), token_layout(module)
+    assert found is not None
+    touched = {block for group in found.context.joined[OWNER] for block in group}
+    return tuple(
+        f"tokens miss blocks from '{part.blocks[0]}' to '{part.blocks[-1]}' alone: cached steps leave out or "
+        "run these together"
+        for run, part in zip(layout.runs, beside_caches(module, layout).runs, strict=True)
+        if part != run and touched.intersection(run.blocks) <= set(part.blocks)
+    )
 
 
 def detach(module: Any, attached: Attached) -> None:

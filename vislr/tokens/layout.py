@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +12,8 @@ from torch import nn
 
 from vislr.anatomy.families import reader_of
 from vislr.anatomy.wrapping import unwrapped
-from vislr.core.errors import ModelError
+from vislr.core.context import context_of
+from vislr.core.errors import ConfigError, ModelError
 
 FAMILIES = ("unet", "sd3", "flux", "pixart", "dit", "vit")
 
@@ -71,6 +75,33 @@ def token_layout(model: Any) -> Layout:
     if not any(run.blocks for run in layout.runs):
         raise ModelError(f"this {type(model).__name__} has no transformer blocks, so no tokens to prune")
     return layout
+
+
+def beside_caches(model: Any, layout: Layout) -> Layout:
+    """The layout with every run cut down to its longest stretch that cached steps leave out whole, or run whole.
+
+    Raises:
+        ConfigError: a cache that is on the model leaves no two blocks of a run together, and tokens cannot miss
+            parts of one block.
+    """
+    context = context_of(unwrapped(model))
+    groups = [] if context is None else [group for own in context.left_out.values() for group in own]
+    runs = []
+    for run in layout.runs:
+        out = [(frozenset(n for n, group in enumerate(groups) if _within(block, group)), block) for block in run.blocks]
+        stretches = [tuple(block for _, block in own) for _, own in itertools.groupby(out, lambda one: one[0])]
+        blocks = max(stretches, key=len, default=())
+        if len(blocks) == 1 < len(run.blocks) and not layout.parts:
+            raise ConfigError(
+                "cached steps neither leave out nor run two blocks in a row together: tokens have no blocks to miss; "
+                "remove the cache plan, or plan tokens before it"
+            )
+        runs.append(dataclasses.replace(run, blocks=blocks))
+    return dataclasses.replace(layout, runs=tuple(runs))
+
+
+def _within(block: str, group: Sequence[str]) -> bool:
+    return any(block == name or block.startswith(f"{name}.") for name in group)
 
 
 def _there(block: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from vislr.anatomy import denoiser_of
 from vislr.core.errors import ConfigError, hint
-from vislr.tokens.layout import Layout, Run, token_layout
+from vislr.tokens.layout import Layout, Run, beside_caches, token_layout
 from vislr.tokens.plan import CRITERIA, Cut, Span, TokenPlan
 from vislr.tokens.solving import LEAST, Counter, early_boundary, solve
 
@@ -43,7 +43,9 @@ def at_edm_plan(
     early steps the first transformer of each down stage and the last of each up stage stay whole. In a
     diffusion transformer they leave after the first block and come back after the last, in the early steps
     between the first and last `ends` blocks. In a ViT classifier they leave after a quarter, half and three
-    quarters of the blocks (a share of `keep` of what is left, each time) and do not come back.
+    quarters of the blocks (a share of `keep` of what is left, each time) and do not come back. Under a
+    cache plan that is on, the blocks of a diffusion transformer are the most in a row that cached steps leave out, or
+    run, together.
 
     Exactly one of `flops_saved`, `speedup` and `keep` is given.
 
@@ -56,7 +58,7 @@ def at_edm_plan(
         early: share of the steps that are early; default .3; 0 without a schedule. Classifiers: none.
         steps: of a run, for the place of the early steps in the scheduler's timesteps.
         prune_after: blocks of each run (numbers from 0) after which tokens leave, each time to the share of `keep` of
-            what is left; default as above.
+            what is left; default as above. Blocks are taken as given, also under a cache.
         inside_first: tokens leave already inside of the first of these blocks (UNet, PixArt, DiT).
         mid: prune the middle block of a UNet too.
         ends: blocks at both ends of a diffusion transformer that stay whole in early steps; default an
@@ -73,7 +75,10 @@ def at_edm_plan(
     """
     if criterion not in CRITERIA or criterion == "tome":
         raise ConfigError(f"criterion '{criterion}' ranks no attention{hint(criterion, set(CRITERIA) - {'tome'})}")
-    layout = token_layout(denoiser_of(target)[1])
+    model = denoiser_of(target)[1]
+    layout = token_layout(model)
+    if prune_after is None:
+        layout = beside_caches(model, layout)
     places = _places(layout, prune_after)
     if inside_first and not layout.parts:
         raise ConfigError(f"the blocks of a {layout.family} cannot be pruned inside; leave inside_first out")
@@ -147,7 +152,10 @@ def tome_plan(
     Raises:
         ConfigError: as `at_edm_plan`, or unknown `parts`.
     """
-    layout = token_layout(denoiser_of(target)[1])
+    model = denoiser_of(target)[1]
+    layout = token_layout(model)
+    if not layout.parts:
+        layout = beside_caches(model, layout)
     if early and layout.family != "unet":
         raise ConfigError(f"merging has early steps on UNets only; this is a {layout.family}, leave 'early' out")
     unknown = [part for part in parts if layout.parts and part not in layout.parts]

@@ -17,8 +17,6 @@ def trainable_parameters(
 ) -> dict[str, nn.Parameter]:
     """Freeze everything but the adapter (and the module `also`, a new classifier's head).
 
-    Parameters of an adapter carry its name as a part of theirs, as in all of peft's layers.
-
     Args:
         models: prefix of names -> model; the first, whose prefix is "", must carry the adapter.
 
@@ -28,17 +26,22 @@ def trainable_parameters(
     Raises:
         AdapterError: a model has no parameter of that adapter.
     """
+    from vislr.adapters import adapter_names, adapter_parameters
+
     extra = {id(parameter) for parameter in also.parameters()} if also is not None else set()
     chosen: dict[str, nn.Parameter] = {}
     for prefix, model in models.items():
+        # Not by names: a layer of the base may be called like the adapter.
+        held = adapter_parameters(model, adapter_name) if adapter_name in adapter_names(model) else {}
+        if not held:
+            where = f"the {prefix}" if prefix else "the model"
+            raise AdapterError(f"{where} carries no adapter '{adapter_name}' with parameters to train")
+        wanted = extra | {id(parameter) for parameter in held.values()}
         own = {
             f"{prefix}.{name}" if prefix else name: parameter
             for name, parameter in model.named_parameters()
-            if adapter_name in name.split(".") or id(parameter) in extra
+            if id(parameter) in wanted
         }
-        if len(own) <= (0 if prefix else len(extra)):
-            where = f"the {prefix}" if prefix else "the model"
-            raise AdapterError(f"{where} carries no adapter '{adapter_name}' with parameters to train")
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         chosen |= own

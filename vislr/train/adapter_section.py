@@ -10,21 +10,23 @@ from vislr.train.checks import above_zero, at_least, share
 
 # Linears of the text encoders' blocks: CLIP's, then T5's. Embeddings and projections stay.
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo")
+# Kinds whose change is not scaled.
+_WITHOUT_SCALE = {"sara": "trains the weights themselves and has none", "oft": "rotates the weights and has none"}
 
 
 @dataclass
 class AdapterSection:
     """What is trained."""
 
-    kind: Literal["convlora", "flora", "lora", "sara"] = "convlora"
-    """convlora: low-rank reshaped kernels. flora: Tucker core and factors. lora: peft's LoRA. sara: the entries of
-    the weights that are nearest to zero, in place."""
+    kind: Literal["convlora", "flora", "lora", "dora", "loha", "lokr", "oft", "sara"] = "convlora"
+    """convlora: low-rank reshaped kernels. flora: Tucker core and factors. lora, dora, loha, lokr, oft: peft's. sara:
+    the entries of the weights that are nearest to zero, in place."""
     name: str = "default"
     """Name under which the adapter is put on the model."""
     r: int = 4
-    """Rank; sara has none."""
+    """Rank; oft: side of the blocks that rotate the input; sara has none."""
     alpha: float | None = None
-    """Scale of the update: convlora and lora multiply it by alpha / r, flora by alpha; null: a scale of 1."""
+    """Scale of the update: multiplied by alpha / r, flora by alpha; null: a scale of 1. oft and sara have none."""
     ranks: list[int | float] | None = None
     """flora only: a rank, or a share of the size, for each axis: out, in, height, width. null: r for every axis."""
     fraction: float | None = None
@@ -43,7 +45,7 @@ class AdapterSection:
     exclude_modules: list[str] | None = None
     """Layers to leave alone, written like target_modules."""
     dropout: float = 0.0
-    """flora and lora: share of the adapter's input that is dropped in training."""
+    """flora, lora and dora: share of the adapter's input that is dropped in training."""
     text_encoders: list[str] = field(default_factory=list)
     """Text encoders that are adapted, too, in the same way: text_encoder, text_encoder_2, text_encoder_3."""
 
@@ -56,8 +58,8 @@ class AdapterSection:
             above_zero(adapter__ranks=rank)
         if self.ranks is not None and self.kind != "flora":
             raise ConfigError(f"adapter.ranks belongs to flora, and adapter.kind is {self.kind}; use adapter.r")
-        if self.dropout and self.kind not in ("flora", "lora"):
-            raise ConfigError(f"adapter.dropout is for flora and lora; {self.kind} has none")
+        if self.dropout and self.kind not in ("flora", "lora", "dora"):
+            raise ConfigError(f"adapter.dropout is for flora, lora and dora; {self.kind} has none")
         given = [key for key in ("fraction", "threshold", "count") if getattr(self, key) is not None]
         if self.kind == "sara" and len(given) != 1:
             raise ConfigError(
@@ -66,8 +68,8 @@ class AdapterSection:
             )
         if self.kind != "sara" and given:
             raise ConfigError(f"adapter.{given[0]} belongs to sara, and adapter.kind is {self.kind}; use adapter.r")
-        if self.kind == "sara" and self.alpha is not None:
-            raise ConfigError("adapter.alpha is a scale of updates; sara trains the weights themselves and has none")
+        if self.kind in _WITHOUT_SCALE and self.alpha is not None:
+            raise ConfigError(f"adapter.alpha is a scale of updates; {self.kind} {_WITHOUT_SCALE[self.kind]}")
         _patterns("target_modules", self.target_modules)
         _patterns("exclude_modules", self.exclude_modules)
         for name in self.text_encoders:
@@ -77,7 +79,7 @@ class AdapterSection:
                 )
 
     def to_change(self) -> Any:
-        """The config that `vislr.apply` takes: ConvLoraConfig, FloraConfig, SaraConfig or peft's LoraConfig."""
+        """The config that `vislr.apply` takes: ConvLoraConfig, FloraConfig, SaraConfig, or one of peft's."""
         return self._change(
             _patterns("target_modules", self.target_modules), _patterns("exclude_modules", self.exclude_modules)
         )
@@ -96,12 +98,8 @@ class AdapterSection:
 
     def _change(self, target: Any, exclude: Any) -> Any:
         where = {"target_modules": target, "exclude_modules": exclude}
-        if self.kind == "lora":
-            from peft import LoraConfig
-
-            alpha = self.r if self.alpha is None else self.alpha
-            # peft's annotation says int; every scale it computes is a float.
-            return LoraConfig(r=self.r, lora_alpha=alpha, lora_dropout=self.dropout, **where)  # type: ignore[arg-type]
+        if self.kind in ("lora", "dora", "loha", "lokr", "oft"):
+            return self._of_peft(where)
         from vislr.adapters import ConvLoraConfig, FloraConfig, SaraConfig
 
         if self.kind == "convlora":
@@ -113,6 +111,19 @@ class AdapterSection:
             )  # fmt: skip
         scale = 1.0 if self.alpha is None else self.alpha
         return FloraConfig(ranks=self.ranks or self.r, scale=scale, dropout=self.dropout, **where)
+
+    def _of_peft(self, where: dict[str, Any]) -> Any:
+        from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig
+
+        # peft's annotations say int; every scale it computes is a float.
+        alpha: Any = self.r if self.alpha is None else self.alpha
+        if self.kind == "oft":
+            # Where the side does not divide a layer's input, peft takes the nearest that does.
+            return OFTConfig(r=0, oft_block_size=self.r, **where)
+        if self.kind in ("loha", "lokr"):
+            return (LoHaConfig if self.kind == "loha" else LoKrConfig)(r=self.r, alpha=alpha, **where)
+        dora = self.kind == "dora"
+        return LoraConfig(r=self.r, lora_alpha=alpha, lora_dropout=self.dropout, use_dora=dora, **where)
 
 
 def _patterns(key: str, patterns: list[str] | None) -> Any:

@@ -109,7 +109,9 @@ def prepare_base(model: Any, config: ModelConfig) -> Callable[[], None]:
     Raises:
         ModelError: the model has no gradient checkpointing.
     """
-    if any(isinstance(module, nn.Conv2d) for module in model.modules()):
+    # peft's DoRA takes convs with channels first alone.
+    dora = any(len(getattr(module, "lora_magnitude_vector", ())) for module in model.modules())
+    if not dora and any(isinstance(module, nn.Conv2d) for module in model.modules()):
         model.to(memory_format=torch.channels_last)
     undo: list[Callable[[], Any]] = []
     if config.checkpointing:

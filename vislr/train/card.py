@@ -92,20 +92,7 @@ def _pipeline(config: TrainConfig, result: Result, kind: str, components: int) -
     form = config.output.format
     if components > 1 and form == "vislr":
         lines += ["The file holds text encoders, too: for other tools convert it as below.", ""]
-    if form in ("diffusers", "kohya", "comfy"):
-        lines += ["With diffusers alone:", "", "```python", 'pipe.load_lora_weights("adapter.safetensors")', "```", ""]
-    else:
-        lines += [
-            "For diffusers alone (`pipe.load_lora_weights`), write it in its format:", "", "```",
-            "vislr convert adapter.safetensors adapter-diffusers.safetensors --format diffusers", "```", "",
-        ]  # fmt: skip
-    if form in ("kohya", "comfy"):
-        lines += ["With ComfyUI: put `adapter.safetensors` into `models/loras` and add a LoraLoader node.", ""]
-    else:
-        lines += [
-            "For ComfyUI, write it in its format, put it into `models/loras` and add a LoraLoader node:", "", "```",
-            "vislr convert adapter.safetensors adapter-kohya.safetensors --format kohya", "```", "",
-        ]  # fmt: skip
+    lines += _other_tools(kind, form)
     lines.append(f"Trained{_with(config)}.")
     if config.objective.zero_terminal_snr:
         how = "`rescale_betas_zero_snr=True` and trailing timesteps"
@@ -114,6 +101,28 @@ def _pipeline(config: TrainConfig, result: Result, kind: str, components: int) -
         command = f'vislr generate --model {base} --adapter adapter.safetensors --prompts "{prompt}"'
         lines += ["", "```", command, "```"]
     return lines
+
+
+def _other_tools(kind: str, form: str) -> list[str]:
+    """How the adapter gets into diffusers and ComfyUI, from a file in format `form`."""
+    if kind == "oft":
+        return ["Files of other tools have no form for OFT: this one is for vislr alone.", ""]
+    convert = "vislr convert adapter.safetensors adapter-{0}.safetensors --format {0}"
+    lines = []
+    if kind == "sara":
+        lines += [
+            "For diffusers alone: no LoRA holds this change, so it goes into the weights: `vislr.fuse(pipe)`, then "
+            "`pipe.save_pretrained(folder)`.", "",
+        ]  # fmt: skip
+    elif form == "diffusers":
+        lines += ["With diffusers alone:", "", "```python", 'pipe.load_lora_weights("adapter.safetensors")', "```", ""]
+    else:
+        lines += ["For diffusers alone (`pipe.load_lora_weights`), write it in its format:", ""]
+        lines += ["```", convert.format("diffusers"), "```", ""]
+    if form in ("kohya", "comfy"):
+        return [*lines, "With ComfyUI: put `adapter.safetensors` into `models/loras` and add a LoraLoader node.", ""]
+    lines += ["For ComfyUI, write it in its format, put it into `models/loras` and add a LoraLoader node:", ""]
+    return [*lines, "```", convert.format("kohya"), "```", ""]
 
 
 def _with(config: TrainConfig) -> str:

@@ -68,8 +68,6 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         at_least(1, steps=self.steps, processes=self.processes)
-        if self.output.format == "diffusers" and self.adapter.kind != "lora" and self.init_adapter is None:
-            raise ConfigError(f"output.format diffusers holds lora, and adapter.kind is {self.adapter.kind}; use vislr")
         if not self.data.parts():
             raise ConfigError("data.folder is not given; expected a folder of pictures")
         if self.model.base.startswith(("timm/", "torchvision/")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -160,8 +161,8 @@ def check_similarity() -> None:
 
 
 def best_of(points: list[tuple[int, float]]) -> tuple[int, float]:
-    """(step, loss) of the lowest held-out loss; of equal ones the first."""
-    return min(points, key=lambda point: (point[1], point[0]))
+    """(step, loss) of the lowest held-out loss; of equal ones the first; one that is no number is never lowest."""
+    return min(points, key=lambda point: (not math.isfinite(point[1]), point[1], point[0]))
 
 
 def out_of_patience(points: list[tuple[int, float]], patience: int) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vislr.core.arguments import plain_data
-from vislr.core.errors import ConfigError, OutputError
+from vislr.core.errors import ConfigError, DataError, OutputError, TrainingError
 from vislr.core.files import write_tensors
 from vislr.train.adapted import Average, load_sparse, sparse_state
 from vislr.train.checkpoints import (
@@ -80,8 +80,26 @@ class Progress:
         """The weights that are evaluated, shown and saved: the average, where there is one."""
         return contextlib.nullcontext() if self.average is None else self.average.shown()
 
+    def check_finite(self) -> None:
+        """Refuse to keep weights that are no numbers: they would take the place of the last good ones.
+
+        Raises:
+            TrainingError: some are not finite.
+        """
+        norms = torch._foreach_norm([value.detach().float() for value in self.trainable.values()])
+        if not torch.isfinite(torch.stack(norms)).all():
+            raise TrainingError(
+                f"the trained weights are not finite after step {self.step}; expected numbers: lower optim.lr, or set "
+                "precision to fp32"
+            )
+
     def save(self) -> None:
-        """Keep the state as it is after `step` steps."""
+        """Keep the state as it is after `step` steps.
+
+        Raises:
+            TrainingError: it is no state to go on from.
+        """
+        self.check_finite()
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             state = {
@@ -125,7 +143,12 @@ class Progress:
 
     @torch.no_grad()
     def finish(self) -> int:
-        """Put the weights that are the result in place: the best, the average, or the last. Gives their step."""
+        """Put the weights that are the result in place: the best, the average, or the last. Gives their step.
+
+        Raises:
+            TrainingError: the last ones are not finite.
+        """
+        self.check_finite()
         kept = self.step
         points = self._trained_losses()
         if self.config.held_out.keep == "best" and points:
@@ -148,10 +171,12 @@ def take_up(progress: Progress, pool: Pool, task: Task) -> None:
     Raises:
         OutputError: there is one, and the config does not say what to do with it.
         ConfigError, FormatError: it is of another run, or damaged.
+        ConfigError, DataError: processes on several machines see other checkpoints or other pictures.
     """
     config, folder = progress.config, progress.folder
     progress.data = pool.fingerprint()
     found = checkpoints_in(folder)
+    check_together(progress.accelerator, int(found[-1].name) if found else 0, progress.data)
     if config.output.resume and found:
         if (found[-1] / SPARSE).is_file():
             load_sparse(progress.models, read_part(found[-1], SPARSE))
@@ -175,6 +200,30 @@ def take_up(progress: Progress, pool: Pool, task: Task) -> None:
         for old in found if config.output.overwrite else ():
             remove_folder(old)
         clear_leftovers(folder)
+
+
+def check_together(accelerator: Accelerator, step: int, data: str) -> None:
+    """Refuse to train where processes begin differently: machines may have disks of their own.
+
+    Args:
+        step: of the newest checkpoint that this process finds; 0: none.
+        data: hash of the pictures that it finds, hexadecimal.
+
+    Raises:
+        ConfigError, DataError: the same on every process.
+    """
+    if accelerator.num_processes == 1:
+        return
+    own = torch.tensor([step, int(data[:15], 16)], device=accelerator.device)
+    every = accelerator.gather(own).view(-1, 2).cpu()
+    steps = sorted(set(every[:, 0].tolist()))
+    if len(steps) > 1:
+        raise ConfigError(
+            f"processes find checkpoints of different steps ({', '.join(map(str, steps))}); expected an output.folder "
+            "that all machines share"
+        )
+    if len(set(every[:, 1].tolist())) > 1:
+        raise DataError("processes find different pictures; expected the same in data.folder on all machines")
 
 
 def _check_samples(progress: Progress, state: dict[str, Any], task: Task) -> None:

@@ -86,8 +86,6 @@ class ObjectiveConfig:
     """Flow models: how noise levels are drawn, before the shift."""
     shift: float | None = None
     """Flow models: shift of the noise levels to much noise; null: the scheduler's, at this size of picture."""
-    prior_weight: float = 1.0
-    """Weight of the loss on pictures of the prior (regularisation) set."""
     unmasked_weight: float = 0.0
     """Weight of the loss outside of a picture's mask, where there are masks."""
 
@@ -95,7 +93,7 @@ class ObjectiveConfig:
         above_zero(objective__snr_gamma=self.snr_gamma, objective__shift=self.shift)
         at_least(
             0, objective__noise_offset=self.noise_offset, objective__input_perturbation=self.input_perturbation,
-            objective__prior_weight=self.prior_weight, objective__unmasked_weight=self.unmasked_weight,
+            objective__unmasked_weight=self.unmasked_weight,
         )  # fmt: skip
 
 
@@ -192,8 +190,9 @@ class OutputConfig:
     folder: str = ""
     """The result's folder. Must be given."""
     format: Literal["vislr", "diffusers", "kohya", "comfy"] = "vislr"
-    """Layout of adapter.safetensors: vislr holds every kind exactly; diffusers is for lora and `load_lora_weights`;
-    kohya (A1111, ComfyUI, sd-scripts) and comfy hold what they have a form for."""
+    """Layout of adapter.safetensors: vislr holds every kind exactly; diffusers is for `load_lora_weights` and holds what
+    a LoRA can say (lora, dora, convlora, flora); kohya (A1111, ComfyUI, sd-scripts) and comfy hold what they have a
+    form for."""
     checkpoint_every: int = 200
     """Steps between two checkpoints; 0: only when stopped."""
     keep: int = 2
