@@ -45,15 +45,13 @@ def section(method: str, size: int | None = None, model: Any = None) -> tuple[di
 
     if method == "sara":
         return {"count": size}, int(size or 0)
-    tried = {}
-    for r in range(1, 65):
+    tried = []
+    for r in (4,) if size is None else range(1, 65):
         fields: dict[str, Any] = {"ranks": [r, r, 1.0, 1.0]} if method == "flora" else {"r": r}
-        tried[r] = (fields, count(**fields))
-        if size is not None and tried[r][1] > size:
+        tried.append((fields, count(**fields)))
+        if size is not None and tried[-1][1] > size:
             break
-    if size is None:
-        return tried[4]
-    return min(tried.values(), key=lambda one: abs(one[1] - size))
+    return min(tried, key=lambda one: abs(one[1] - (size or 0)))
 
 
 def data(style: str, count: int, folder: Path) -> tuple[Path, Path]:

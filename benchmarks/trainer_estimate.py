@@ -4,14 +4,15 @@
     OMP_NUM_THREADS=1 python -P benchmarks/trainer_estimate.py --width 64   # the same with a fifth of the channels
 
 A StableDiffusionPipeline of random weights is trained for two steps in a process of its own, by `fit`; the peak of
-its resident set less what it held after the imports is compared with the estimate of the same config. The estimated
-time of a step is compared with the second one's. Writes a record with --record.
+its resident set less what it held after the imports is compared with the estimate of the same config. A third run shows
+what a fixed threshold of glibc's heap changes. Writes a record with --record.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -102,6 +103,16 @@ def child(a: argparse.Namespace) -> None:
     print(json.dumps({"before": before, "loaded": loaded, "peak": held("VmHWM"), "step": result.seconds / 2}))
 
 
+def run(arguments: list[str], environment: dict[str, str]) -> dict:
+    """What the child has measured."""
+    done = subprocess.run(
+        [sys.executable, "-P", __file__, *arguments], capture_output=True, text=True, env=environment
+    )  # fmt: skip
+    if done.returncode:
+        sys.exit(done.stderr[-3000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=320, help="channels of the first level; SD1.5 has 320")
@@ -124,12 +135,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         zoo.export(f"{folder}/images", zoo.images(style="noto")[:4])
         arguments = [word for word in sys.argv[1:] if word != "--record"]
-        done = subprocess.run(
-            [sys.executable, "-P", __file__, *arguments, "--child", folder], capture_output=True, text=True
+        # A user's heap is as glibc sets it.
+        plain = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+        measured, returned = (
+            run([*arguments, "--child", folder], plain | more) for more in ({}, {"MALLOC_MMAP_THRESHOLD_": "1048576"})
         )
-        if done.returncode:
-            sys.exit(done.stderr[-3000:])
-        measured = json.loads(done.stdout.splitlines()[-1])
         config = config_of(a, folder)
         with torch.device("meta"):
             parts = components(a.width)
@@ -147,6 +157,8 @@ def main() -> None:
         f"measured: {increment / GIB:.3f} GiB over the process after import "
         f"({(measured['loaded'] - measured['before']) / GIB:.3f} after the weights), {measured['step']:.2f} s a step",
         f"estimated: {estimate.total / GIB:.3f} GiB, {error:+.1%}",
+        f"with MALLOC_MMAP_THRESHOLD_=1048576, where large blocks are returned at once: "
+        f"{(returned['peak'] - returned['before']) / GIB:.3f} GiB, {returned['step']:.2f} s a step",
     ]
     log = "\n".join(lines) + "\n"
     print(log, end="")
@@ -157,6 +169,16 @@ def main() -> None:
         figures = {
             "measured increment": Measurement(increment / GIB, None, 1, 0, "GiB", note, "", settings),
             "estimated": Measurement(estimate.total / GIB, None, 1, 0, "GiB", note, "", settings),
+            "measured increment, large blocks returned": Measurement(
+                (returned["peak"] - returned["before"]) / GIB,
+                None,
+                1,
+                0,
+                "GiB",
+                note,
+                "",
+                settings | {"MALLOC_MMAP_THRESHOLD_": 1048576, "slowdown": returned["step"] / measured["step"]},
+            ),
             "error": Measurement(error, None, 1, 0, "ratio", "estimated over measured, less 1", "", settings),
         }
         name = f"estimate-against-measured-width{a.width}" + ("-checkpointing" if a.checkpointing else "")
