@@ -92,6 +92,9 @@ def on_meta(
             "sara trains entries by their values, which an estimate does not read; a fraction f of the entries takes "
             "12 bytes each beside the weights"
         )
+    if adapter.kind in ("dora", "loha", "lokr"):
+        # peft's layers of these kinds read values on the way, which models without weights have not.
+        raise ConfigError(f"{adapter.kind} cannot be traced without weights; estimate lora of as many parameters")
     if is_classifier(config.model.base):
         with torch.device("meta"):
             model, head = load_classifier(config.model.base, 1000, pretrained=False, size=config.data.size)

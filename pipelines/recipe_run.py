@@ -226,6 +226,9 @@ class Run:
             return
         if aside.is_dir() and (not (aside / "key").is_file() or (aside / "key").read_text() != key):
             shutil.rmtree(aside)
+        if (aside / "step.json").is_file():  # killed when only the name was missing
+            self._finish(aside, done)
+            return
         aside.mkdir(exist_ok=True)
         write_text(aside / "key", key)
         print(f"--- {step.name}", flush=True)
@@ -235,8 +238,11 @@ class Run:
         VERBS[step.verb].work(step.config(place), place)
         write_json(aside / "step.json", {"verb": step.verb, "key": key, "section": values,
                                          "seconds": round(time.monotonic() - started, 2)})  # fmt: skip
-        (aside / "key").unlink()
+        self._finish(aside, done)
+
+    def _finish(self, aside: Path, done: Path) -> None:
         os.rename(aside, done)
+        (done / "key").unlink()
 
     def _pictures(self, text: str) -> str:
         """The folder of `zoo:STYLE:COUNT`, written once; any other text as it is."""

@@ -309,7 +309,8 @@ def cost_of(step: Step, config: Any, place: Place, model: Any, flops: int) -> tu
     """What a step does and what it takes, in words, and its FLOPs.
 
     Args:
-        model: the base's denoiser without weights. flops: of one of its forwards, one sample.
+        model: the base's denoiser without weights; token and cache plans are put on it.
+        flops: of one of its forwards, one sample.
     """
     if step.verb == "prune":
         from vislr.prune import scoring_cost, units_of
@@ -369,8 +370,8 @@ def _run_time(verb: str, config: Any, model: Any) -> str:
         tokens_verb.plan_of(config, model) if verb == "tokens"
         else cache.interval_plan(model, config.every, config.boundary, steps=config.steps)
     )  # fmt: skip
+    # It stays on: tokens and caches are planned for what is there.
     report = record.apply(model, plan, name=verb)
-    record.remove(model, report)
     if report.flops is None:
         raise ModelError(f"the FLOPs of this {type(model).__name__} cannot be counted")
-    return f"saves {1 - report.flops[1] / report.flops[0]:.1%} of the base's FLOPs"
+    return f"saves {1 - report.flops[1] / report.flops[0]:.1%} of the FLOPs before it, on the base"

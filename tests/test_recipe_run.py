@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -138,6 +140,27 @@ def test_a_finished_run_does_nothing_and_other_settings_are_refused(place, capsy
     other[2]["prune"]["plan"]["ratio"] = 0.2
     assert run(path, config(place / "base", out, other)) == 3
     assert "made by other settings" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_killed_inside_of_its_steps_a_run_ends_in_the_same_bits(tmp_path):
+    script = Path(__file__).with_name("recipe_kills.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(tiny.__file__).parent)}
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["killed"] == [
+        ["update", 1, ".01-train.part"],  # before a checkpoint
+        ["update", 3, ".01-train.part"],  # behind one
+        ["update", 3, ".03-recover.part"],  # before a checkpoint of the recovery
+        ["update", 5, ".03-recover.part"],
+        ["done", 1, ".03-recover.part"],  # all is there but the folder's name
+        ["save", 2, ".04-fuse.part"],
+    ]
+    assert found["files"] > 50
+    assert found["different"] == []
 
 
 @pytest.mark.parametrize(

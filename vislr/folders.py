@@ -124,6 +124,8 @@ def _steps(target: Any, folder: Path) -> list[dict[str, Any]]:
     steps = []
     for number, entry in enumerate(entries_of(target)):
         step, files = entry.to_dict(), {}
+        # In memory it counts all changes of the process; the same recipe gives the same file.
+        step["report"]["index"] = number
         for name, content in entry.attached.files.items():
             files[name] = f"fused/{number:02d}-{name}.safetensors"
             (folder / "fused").mkdir(exist_ok=True)

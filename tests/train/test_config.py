@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
+import itertools
+import re
+import textwrap
+import typing
 from pathlib import Path
 
 import pytest
@@ -36,20 +42,40 @@ def flat(values, prefix=""):
     return found
 
 
+def words(section, prefix=""):
+    """Field -> the text below it, of a dataclass and all that is in it."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0].body
+    found, types = {}, typing.get_type_hints(section)
+    for field, text in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            name = field.target.id
+            found[prefix + name] = " ".join(ast.literal_eval(text.value).split())
+            if dataclasses.is_dataclass(types[name]):
+                found |= words(types[name], f"{prefix}{name}.")
+    return found
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_fits_and_names_every_field_with_a_comment(path):
     config = parse("--config", str(path))
     assert flat(yaml.safe_load(path.read_text())) == keys(config)
     config.adapter.to_change()
-    lines = path.read_text().splitlines()
+    lines, stack, said = path.read_text().splitlines(), [], words(TrainConfig)
     for number, line in enumerate(lines):
-        if ":" in line and not line.lstrip().startswith(("#", "-")) and not line.rstrip().endswith(":"):
-            assert lines[number - 1].lstrip().startswith("#"), f"{path.name}: no comment above '{line}'"
+        found = re.match(r"( *)([a-z_0-9]+):(.*)", line)
+        if not found or line.lstrip().startswith("-"):
+            continue
+        stack = [*stack[: len(found[1]) // 2], found[2]]
+        above = list(itertools.takewhile(lambda text: text.lstrip().startswith("#"), reversed(lines[:number])))
+        comment = " ".join(text.lstrip(" #") for text in reversed(above))
+        # What a field does is said once, below it; the files repeat it.
+        assert comment == said.get(".".join(stack), comment), f"{path.name}: the comment above '{line}' is another"
+        assert comment, f"{path.name}: no comment above '{line}'"
 
 
 def test_there_is_a_config_for_each_method():
     kinds = {yaml.safe_load(path.read_text())["adapter"]["kind"] for path in CONFIGS}
-    assert kinds == {"convlora", "flora", "lora", "sara"}
+    assert kinds == set(typing.get_args(typing.get_type_hints(AdapterSection)["kind"]))
     assert len(CONFIGS) >= 15
 
 
@@ -98,7 +124,7 @@ def test_flags_as_people_type_them(argv, field, value):
     [
         (["--optim.lrr", "1"], "unknown key 'optim.lrr'; did you mean 'optim.lr'"),
         (["--stepps", "1"], "unknown key 'stepps'; did you mean 'steps'"),
-        (["--adapter.kind", "loraa"], "adapter.kind is 'loraa'; expected one of convlora, flora, lora, sara"),
+        (["--adapter.kind", "loraa"], "adapter.kind is 'loraa'; expected one of convlora, flora, lora, dora"),
         (["--optim.lr", "fast"], "optim.lr is 'fast'; expected float"),
         (["--optim.lr", "-1"], "optim.lr is -1.0; expected more than 0"),
         (["--adapter.r", "0"], "adapter.r is 0; expected 1 or more"),
@@ -121,7 +147,12 @@ def test_flags_as_people_type_them(argv, field, value):
         (["--model.storage", "nf4", "--adapter.kind", "sara", "--adapter.count", "9"], "model.storage must be plain"),
         (["--model.base", "timm/x", "--model.storage", "fp8"], "model.storage fp8 is for pipelines"),
         (["--objective.snr_gamma", "0"], "objective.snr_gamma is 0.0; expected more than 0"),
-        (["--adapter.dropout", "0.1"], "adapter.dropout is for flora and lora"),
+        (["--adapter.dropout", "0.1"], "adapter.dropout is for flora, lora and dora; convlora has none"),
+        (["--adapter.kind", "oft", "--adapter.alpha", "1"], "oft rotates the weights and has none"),
+        (["--adapter.kind", "oft", "--adapter.text_encoders", "text_encoder"], "several components cannot hold oft"),
+        (["--adapter.kind", "dora", "--model.storage", "fp8"], "dora takes norms of the weights"),
+        (["--adapter.kind", "loha", "--model.storage", "nf4"], "loha does not go with packed weights"),
+        (["--model.compile", "--model.offload_activations"], "exclude each other"),
         (["--adapter.target_modules", "[]"], "adapter.target_modules is an empty list"),
         (["--adapter.target_modules", "re:a", "b"], "'re:a' stands alone"),
         (["--output.resume", "--output.overwrite"], "exclude each other"),
@@ -171,3 +202,10 @@ def test_adapter_section_becomes_the_config_of_each_method():
     lora = AdapterSection(kind="lora", r=4, target_modules=["re:.*to_q"], exclude_modules=["to_k"]).to_change()
     assert (type(lora).__name__, lora.r, lora.lora_alpha) == ("LoraConfig", 4, 4)
     assert (lora.target_modules, lora.exclude_modules) == (".*to_q", {"to_k"})
+    dora = AdapterSection(kind="dora", r=3, dropout=0.2).to_change()
+    assert (dora.use_dora, dora.r, dora.lora_alpha, dora.lora_dropout) == (True, 3, 3, 0.2)
+    for kind in ("loha", "lokr"):
+        change = AdapterSection(kind=kind, r=3, alpha=1.5).to_change()
+        assert (type(change).__name__.lower(), change.r, change.alpha) == (f"{kind}config", 3, 1.5)
+    oft = AdapterSection(kind="oft", r=4).to_change()
+    assert (oft.r, oft.oft_block_size) == (0, 4)

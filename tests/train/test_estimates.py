@@ -68,6 +68,7 @@ def test_what_does_not_fit_gets_advice_and_exit_code_1(sd_folder, capsys):
     [
         (["--model.base", "emoji-unt"], ModelError, "'emoji-unt' is no diffusers folder and no embedded name; did you"),
         (["--adapter.kind", "sara", "--adapter.count", "9"], ConfigError, "sara trains entries by their values"),
+        (["--adapter.kind", "lokr"], ConfigError, "lokr cannot be traced without weights; estimate lora"),
         (["--device", "gpu"], ConfigError, "device 'gpu' is none that torch knows"),
         (["--adapter.text_encoders", "text_encoder_3"], ConfigError, "a StableDiffusionPipeline has none"),
     ],

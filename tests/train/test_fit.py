@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
 
 import vislr
 from vislr.core.errors import AdapterError, ConfigError, FormatError, Interrupted, OutputError, TrainingError
@@ -27,6 +28,7 @@ from vislr.train import (
 )
 from vislr.train.adapted import adapter_training, adapters_off
 from vislr.train.checkpoints import checkpoints_in
+from vislr.train.evaluation import best_of, out_of_patience
 from vislr.train.optimizers import learning_rate
 
 BUILD = {
@@ -257,6 +259,33 @@ def test_signals_save_and_leave(number, classes, tmp_path):
 def test_a_loss_that_is_no_number_ends_the_run(classes, tmp_path):
     with pytest.raises(TrainingError, match="the loss is nan at step 5"):
         train("vit", classes, tmp_path, optim=OptimConfig(batch=4, lr=1e30, warmup=0, clip=0))
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_weights_that_are_no_numbers_are_not_kept(ends, classes, tmp_path):
+    """They show in the loss one step later: by then the checkpoints before must still be there."""
+    output = OutputConfig(folder=str(tmp_path), checkpoint_every=1, keep=2, log_every=100)
+
+    def spoil(step):
+        if step == (7 if ends else 5):
+            value = next(parameter for parameter in target.parameters() if parameter.requires_grad)
+            value.register_hook(lambda gradient: gradient * float("nan"))
+
+    target, settings = BUILD["vit"](), config(classes, tmp_path, output=output)
+    vislr.apply(target, settings.adapter.to_change())
+    with pytest.raises(TrainingError, match=f"trained weights are not finite after step {8 if ends else 6}"):
+        fit(target, "default", settings, *folders(classes), stop=spoil)
+    kept = checkpoints_in(tmp_path)
+    assert [int(path.name) for path in kept] == ([6, 7] if ends else [4, 5])
+    for path in kept:
+        assert all(value.isfinite().all() for value in load_file(path / "trainable.safetensors").values())
+
+
+def test_a_loss_that_is_no_number_is_never_the_lowest():
+    points = [(2, float("nan")), (4, 0.5), (6, float("nan")), (8, 0.7)]
+    assert best_of(points) == (4, 0.5)
+    assert out_of_patience(points, 2)
+    assert not out_of_patience(points, 3)
 
 
 def test_without_held_out_pictures_or_adapter(pictures, tmp_path):

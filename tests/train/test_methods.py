@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from training import BUILD, STEPS, goes_on, run
 
 import vislr
-from vislr.core.errors import ConfigError, Interrupted, LaunchError, ModelError, TargetError
+from vislr.core.errors import ConfigError, LaunchError, ModelError, TargetError
 from vislr.core.files import read_json
 from vislr.data import DataConfig
 from vislr.pipelines import training_setup as setup
@@ -28,63 +28,6 @@ from vislr.train import (
 )
 from vislr.train.adapted import Average
 from vislr.train.optimizers import OPTIMIZERS, build_optimizer, learning_rate, parameter_groups
-
-STEPS = 4
-BUILD = {
-    "sd": tiny.tiny_sd_pipeline,
-    "sd2": lambda: tiny.tiny_sd_pipeline(prediction_type="epsilon"),
-    "sdxl": tiny.tiny_sdxl_pipeline,
-    "sd3": tiny.tiny_sd3_pipeline,
-    "flux": tiny.tiny_flux_pipeline,
-    "pixart": tiny.tiny_pixart_pipeline,
-    "dit": tiny.tiny_dit_pipeline,
-}
-
-
-def run(family, data, out, *, stop=None, save=False, **changes):
-    """Trained values by name, the target, the result (None if stopped)."""
-    settings = {
-        "data": DataConfig(folder=str(data), size=32),
-        "output": OutputConfig(folder=str(out), checkpoint_every=0),
-        "optim": OptimConfig(batch=4, warmup=2, lr=5e-3),
-        "sample": SampleConfig(steps=1, prompts=["0"] if family == "dit" else ["a cat face"]),
-        "held_out": HeldOutConfig(every=0, repeats=1),
-        "adapter": AdapterSection(r=2),
-        "steps": STEPS,
-    } | changes
-    settings["model"] = settings.get("model", ModelConfig())
-    config = TrainConfig(**settings)
-    target = BUILD[family]()
-    torch.manual_seed(0)
-    config.model.base = "timm/x" if family == "dit" else "pipeline"
-    train, held_out = setup.open_data(config)
-    config.model.base = "pipeline"
-    setup.attach(config, target)
-    writer = setup.adapter_writer(config, target) if save else None
-    result = None
-    with suppress(Interrupted):
-        result = fit(target, "default", config, train, held_out, save_adapter=writer, stop=stop)
-    modules = {"": getattr(target, "unet", None) or target.transformer}
-    modules |= {name: getattr(target, name) for name in config.adapter.text_encoders}
-    values = {
-        f"{prefix}.{name}": p.detach().clone()
-        for prefix, module in modules.items()
-        for name, p in module.named_parameters()
-        if p.requires_grad
-    }
-    return values, target, result
-
-
-def goes_on(family, data, tmp_path, **changes):
-    """Trained values, after an unbroken run; a run that is stopped at step 2 and resumed must give the same bits."""
-    whole, target, result = run(family, data, tmp_path / "whole", **changes)
-    run(family, data, tmp_path / "parts", stop=lambda step: step == 2, **changes)
-    output = OutputConfig(folder=str(tmp_path / "parts"), checkpoint_every=0, resume=True)
-    parts, _, second = run(family, data, tmp_path / "parts", **(changes | {"output": output}))
-    assert whole.keys() == parts.keys()
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    assert result.history.held_out == second.history.held_out
-    return whole, target, result
 
 
 @pytest.mark.parametrize("model", ["sd2", "pixart", "dit"])
@@ -106,11 +49,20 @@ def test_a_class_that_the_model_has_not_is_named(pictures, tmp_path):
 
 
 def test_models_that_read_more_than_latents_are_refused():
+    from diffusers import AutoencoderTiny
+
     from vislr.train.families import family_of
 
     pipe = BUILD["sd"]()
     pipe.unet = tiny.tiny_unet(in_channels=9)
     with pytest.raises(ModelError, match="reads 9 channels; expected 4"):
+        family_of(pipe)
+    # A small decoder for previews gives no distribution of latents.
+    pipe.unet, pipe.vae = tiny.tiny_unet(), AutoencoderTiny(
+        encoder_block_out_channels=(4,), decoder_block_out_channels=(4,), num_encoder_blocks=(1,),
+        num_decoder_blocks=(1,),
+    )  # fmt: skip
+    with pytest.raises(ModelError, match="of class AutoencoderTiny; expected the model's own"):
         family_of(pipe)
 
 

@@ -6,6 +6,7 @@ import os
 import runpy
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import vislr
 from vislr.core.errors import ConfigError, LaunchError
 from vislr.core.files import read_json
 from vislr.pipelines import train_adapter
-from vislr.train import make_accelerator
+from vislr.train import AdapterSection, make_accelerator
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
@@ -74,6 +75,24 @@ def test_two_processes_are_one_with_twice_the_batch(pictures, tmp_path):
         assert read_json(again / f"seen-{rank}.json")["seen"] == parts[rank]["seen"][2:]
 
 
+@pytest.mark.slow
+def test_sparse_tuning_selects_anew_on_two_processes(pictures, tmp_path):
+    done = launch(2, SCRIPT, pictures, tmp_path / "2", 3, "reselect")
+    assert done.returncode == 0, done.stderr[-2000:]
+    runpy.run_path(str(SCRIPT))["main"](str(pictures), str(tmp_path / "1"), 6, "reselect")
+    one, two, other = (load_file(tmp_path / run / f"weights-{r}.safetensors") for run, r in ("10", "20", "21"))
+    pipe = tiny.tiny_sd_pipeline()
+    change = AdapterSection(kind="sara", threshold=5e-3, rank_weight=0.0).to_change()
+    assert sum(map(torch.numel, one.values())) < vislr.apply(pipe, change).trainable
+    # Entries at the threshold may fall on either side of it by the rounding of a sum: nearly all are the same.
+    counts = [sum(map(torch.numel, values.values())) for values in (one, two)]
+    assert counts[1] == pytest.approx(counts[0], rel=0.01)
+    for name, value in two.items():
+        assert torch.equal(value, other[name])
+        if value.shape == one[name].shape:
+            torch.testing.assert_close(value, one[name], rtol=0, atol=2e-4)
+
+
 def test_a_divided_base_trains_the_same_adapter(pictures, tmp_path):
     for how in ("", "shard"):
         done = launch(2, SCRIPT, pictures, tmp_path / f"run{how}", 3, *([how] if how else []))
@@ -97,6 +116,36 @@ def test_a_divided_base_trains_the_same_adapter(pictures, tmp_path):
     loaded = {name: value for name, value in pipe.unet.named_parameters() if name in shard}
     assert loaded.keys() == shard.keys()
     assert all(torch.equal(value, shard[name]) for name, value in loaded.items())
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_pictures_of_shards(pictures, tmp_path):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    files = sorted(pictures.glob("*.png"))
+    for number in range(3):
+        with tarfile.open(shards / f"part-{number}.tar", "w") as tar:
+            for path in files[number::3]:
+                tar.add(path, path.name)
+                tar.add(path.with_suffix(".txt"), path.with_suffix(".txt").name)
+    done = launch(2, SCRIPT, shards, tmp_path / "2", 3)
+    assert done.returncode == 0, done.stderr[-2000:]
+    runpy.run_path(str(SCRIPT))["main"](str(shards), str(tmp_path / "1"), 6)
+    parts = [read_json(tmp_path / "2" / f"seen-{rank}.json")["seen"] for rank in (0, 1)]
+    whole = read_json(tmp_path / "1" / "seen-0.json")["seen"]
+    for epoch in (0, 3):
+        assert sorted(i for part in parts for step in part[epoch : epoch + 3] for i in step) == list(range(18))
+    assert [sorted(a + b) for a, b in zip(*parts, strict=True)] == [sorted(step) for step in whole]
+    two, one = (load_file(tmp_path / count / "weights-0.safetensors") for count in "21")
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-4)
+
+    # Stopped, and gone on with where the second process finds no checkpoint: both refuse, and neither waits.
+    done = launch(2, SCRIPT, shards, tmp_path / "stopped", 3, 2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    done = launch(2, SCRIPT, shards, tmp_path / "stopped", 3, "apart")
+    assert done.returncode != 0
+    assert "processes find checkpoints of different steps (0, 2); expected an output.folder that all" in done.stderr
 
 
 @pytest.mark.parametrize(

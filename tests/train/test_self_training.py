@@ -139,6 +139,7 @@ def test_the_unet_is_that_of_the_specification():
     convs = [module for module in net.modules() if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))]
     assert (len(norms), sum(p.numel() for norm in norms for p in norm.parameters())) == (52, 6_338)
     assert len(convs) == 55
+    assert sum(p.numel() for p in net.parameters()) == 2_434_771
     real = ResidualUNet()
     for layer, sites, count in (
         ("init_path", 7, 3_762),

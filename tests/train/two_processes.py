@@ -1,8 +1,10 @@
 """One of the processes of `test_processes.py`: trains, and writes what it saw.
 
-torchrun --nproc_per_node 2 two_processes.py PICTURES OUT BATCH [STOP | resume | shard]
+torchrun --nproc_per_node 2 two_processes.py PICTURES OUT BATCH [STOP | resume | shard | apart | reselect]
 
-STOP: the step after which this process, and so all, is asked to stop. shard: the base is divided.
+PICTURES: a folder of pictures, or of shards. STOP: the step after which this process, and so all, is asked to stop.
+shard: the base is divided. apart: as resume, but the second process looks for checkpoints elsewhere.
+reselect: SaRA, on fewer entries from the third step on.
 """
 
 import sys
@@ -14,7 +16,7 @@ import torch
 import vislr
 from vislr.core.errors import Interrupted
 from vislr.core.files import write_json, write_tensors
-from vislr.data import ImageFolder
+from vislr.data import ImageFolder, open_pool
 from vislr.formats import remember_adapters_base
 from vislr.train import (
     AdapterSection,
@@ -36,12 +38,17 @@ STEPS = 6
 def main(pictures: str, out: str, batch: int, how: str = "") -> None:
     accelerator = make_accelerator()
     # One process is asked; the other has to leave at the same step.
+    if how == "apart" and accelerator.process_index == 1:
+        out = f"{out}-1"
     stop = (lambda step: accelerator.process_index == 1 and step == int(how)) if how.isdigit() else None
+    adapter = AdapterSection(r=2)
+    if how == "reselect":
+        adapter = AdapterSection(kind="sara", threshold=5e-3, rank_weight=0.0, reselect_after=2)
     config = TrainConfig(
         data=DataConfig(folder=pictures), steps=STEPS,
-        output=OutputConfig(folder=out, checkpoint_every=0, resume=how == "resume"),
+        output=OutputConfig(folder=out, checkpoint_every=0, resume=how in ("resume", "apart")),
         optim=OptimConfig(batch=batch, lr=1e-3, warmup=0, ema=0.9), sample=SampleConfig(steps=1),
-        held_out=HeldOutConfig(fraction=0.25, repeats=1), adapter=AdapterSection(r=2),
+        held_out=HeldOutConfig(fraction=0.25, repeats=1), adapter=adapter,
         model=ModelConfig(shard=how == "shard"),
     )  # fmt: skip
     seen, gradients = [], {}
@@ -63,7 +70,9 @@ def main(pictures: str, out: str, batch: int, how: str = "") -> None:
     torch.manual_seed(0)
     vislr.apply(pipe, config.adapter.to_change())
     remember_adapters_base(pipe.unet, "default")
-    train, held_out = ImageFolder.with_captions(pictures).split(0.25)
+    shards = any(Path(pictures).glob("*.tar"))
+    whole = open_pool(config.data) if shards else ImageFolder.with_captions(pictures)
+    train, held_out = whole.split(0.25)
     try:
         result = fit(pipe, "default", config, train, held_out, accelerator=accelerator, stop=stop)
     except Interrupted as error:

@@ -16,7 +16,6 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from peft import PeftConfig
 from torch import nn
 
@@ -84,11 +83,8 @@ class SaraConfig(PeftConfig):
         """What the adapter trains on `model`; changes nothing.
 
         Raises:
-            TargetError, AdapterError: as `select`; or a re-selection while several processes train.
+            TargetError, AdapterError: as `select`.
         """
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if self.reselect_after and several and torch.distributed.get_world_size() > 1:
-            raise AdapterError("reselect_after changes the size of gradients, which several processes cannot share")
         return select(model, self)
 
 

@@ -51,6 +51,8 @@ class Entries:
         frozen: (n,) learned values of all entries at the re-selection; None before it.
         steps: optimiser steps so far, for optimisers that do not count them.
         trained_cut: how many trained entries belong to the weight.
+        resizable: whoever shares the vector's gradients among processes minds no shorter ones; DistributedDataParallel
+            does, and so it is not assumed.
     """
 
     index: torch.Tensor
@@ -64,6 +66,7 @@ class Entries:
     kept: torch.Tensor | None = None
     frozen: torch.Tensor | None = None
     steps: int = 0
+    resizable: bool = False
     trained_cut: int = field(init=False)
 
     def __post_init__(self) -> None:

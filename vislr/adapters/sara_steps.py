@@ -122,11 +122,22 @@ def _steps(optimizer: torch.optim.Optimizer, vector: nn.Parameter, layer: SaraLa
     return layer.entries[name].steps if counted is None else int(counted)
 
 
+def _several() -> bool:
+    known = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return known and torch.distributed.get_world_size() > 1
+
+
 @torch.no_grad()
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     # Fused optimisers get gradients that are still multiplied with the scaler's factor.
     factor = getattr(optimizer, "grad_scale", None)
     for name, pairs in _owned(optimizer).items():
+        entries = pairs[0][1].entries[name]
+        if entries.reselect_after is not None and entries.kept is None and not entries.resizable and _several():
+            raise AdapterError(
+                "reselect_after changes the size of gradients, which processes share in buckets of fixed size; "
+                "expected one process, or `vislr train`, which shares them one by one"
+            )
         matrices = [
             (vector, layer)
             for vector, layer in pairs

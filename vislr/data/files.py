@@ -118,7 +118,7 @@ def checked_root(root: str | Path) -> Path:
     """
     root = Path(root).expanduser()
     if not root.exists():
-        siblings = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
+        siblings = [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
         raise DataError(f"there is no folder '{root}'{hint(root.name, siblings) if len(siblings) > 12 else ''}")
     if not root.is_dir():
         raise DataError(f"'{root}' is a file; expected a folder of pictures")

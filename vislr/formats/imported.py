@@ -107,7 +107,7 @@ def _check_layer(layer: Any, site: str, kind: str, shapes: dict[str, list[int]])
     norm = _is_norm(layer)
     if not norm and why_not(layer):
         raise AdapterError(f"cannot adapt '{site}', a {type(layer).__name__}: it {why_not(layer)}")
-    if norm != (kind == "norm" or (kind == "diff" and len(shapes.get("diff", ())) == 1)) and kind != "diff":
+    if norm != (kind == "norm") and kind not in ("diff", "sara"):
         raise AdapterError(f"the file has a '{kind}' change for '{site}', a {type(layer).__name__}")
     weight: Any = layer.weight
     bias: Any = getattr(layer, "bias", None)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vislr.measure.measurement import Measurement
     from vislr.measure.memory import peak_memory
     from vislr.measure.overlap import dice, surface_dice
-    from vislr.measure.quality import Prototypes, kid, prototypes, retrieval
+    from vislr.measure.quality import Prototypes, kid, prototypes, retrieval, vlhi
     from vislr.measure.record import Record, read_record, write_record
     from vislr.measure.teacher import teacher_distance
     from vislr.measure.timing import interleaved
@@ -37,6 +37,7 @@ _NAMES = {
     "retrieval": "vislr.measure.quality",
     "surface_dice": "vislr.measure.overlap",
     "teacher_distance": "vislr.measure.teacher",
+    "vlhi": "vislr.measure.quality",
     "write_record": "vislr.measure.record",
 }
 
@@ -57,6 +58,7 @@ __all__ = [
     "retrieval",
     "surface_dice",
     "teacher_distance",
+    "vlhi",
     "write_record",
 ]
 

@@ -223,3 +223,30 @@ def retrieval(
 
     first = share(1)
     return first if top == 1 else replace(first, parts={f"top-{top}": share(top)})
+
+
+def vlhi(distances: Sequence[float], alignments: Sequence[float]) -> list[float]:
+    """One figure for style and caption together, for methods that were compared on the same data.
+
+    Visual-linguistic harmony index (SaRA, arXiv 2409.06633, eq. 8)::
+
+        (d_max - d_i) / (d_max - d_min) + (a_i - a_min) / (a_max - a_min)
+
+    Args:
+        distances: of each method, smaller is better (FID, KID).
+        alignments: of each method, larger is better (CLIP score, retrieval).
+
+    Returns:
+        a value from 0 to 2 for each, relative to the others: not comparable with another comparison's.
+
+    Raises:
+        DataError: fewer than two methods, another number of alignments, or values that are all equal.
+    """
+    if len(distances) != len(alignments) or len(distances) < 2:
+        raise DataError(
+            f"{len(distances)} distances and {len(alignments)} alignments; expected one of each for two methods or more"
+        )
+    if min(distances) == max(distances) or min(alignments) == max(alignments):
+        raise DataError("all methods have the same distance or alignment; expected values that differ")
+    far, near, least, most = max(distances), min(distances), min(alignments), max(alignments)
+    return [(far - d) / (far - near) + (a - least) / (most - least) for d, a in zip(distances, alignments, strict=True)]

@@ -162,6 +162,13 @@ def load_sparse(models: Mapping[str, nn.Module], tensors: Mapping[str, torch.Ten
         layers[path].load_file_tensors(adapter, parts)
 
 
+def let_resize(models: Mapping[str, nn.Module]) -> None:
+    """Allow SaRA's vectors to become shorter while several processes train: their gradients are shared one by one."""
+    for _, layer in _sparse_layers(models):
+        for entries in layer.entries.values():
+            entries.resizable = True
+
+
 def _sparse_layers(models: Mapping[str, nn.Module]) -> Iterator[tuple[str, Any]]:
     from vislr.adapters.sara_layer import SaraLayer
 

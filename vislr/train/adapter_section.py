@@ -70,6 +70,8 @@ class AdapterSection:
             raise ConfigError(f"adapter.{given[0]} belongs to sara, and adapter.kind is {self.kind}; use adapter.r")
         if self.kind in _WITHOUT_SCALE and self.alpha is not None:
             raise ConfigError(f"adapter.alpha is a scale of updates; {self.kind} {_WITHOUT_SCALE[self.kind]}")
+        if self.kind == "oft" and self.text_encoders:
+            raise ConfigError("adapter.text_encoders: a file of several components cannot hold oft; leave them out")
         _patterns("target_modules", self.target_modules)
         _patterns("exclude_modules", self.exclude_modules)
         for name in self.text_encoders:

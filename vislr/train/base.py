@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,8 @@ from vislr.train.sections import ModelConfig
 _KERNELS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Layers at the ends of a denoiser are few and need their precision.
 _PRECISE = ("conv_in", "conv_out", "pos_embed", "patch_embed", "x_embedder", "context_embedder", "proj_out", "norm_out")
+# Tensors of fewer elements are not worth a copy.
+_SMALL = 1024
 
 
 def store_base(model: nn.Module, storage: str, dtype: torch.dtype) -> int:
@@ -101,6 +104,32 @@ def _to_nf4(parent: nn.Module, attribute: str, layer: Any, dtype: torch.dtype) -
     # Moving is what quantises.
     setattr(parent, attribute, new.to(layer.weight.device))
     return True
+
+
+@contextlib.contextmanager
+def activations_aside(model: nn.Module) -> Iterator[None]:
+    """Inside, what a forward keeps for its backward waits in main memory; weights and small tensors stay.
+
+    The tensors come back when the backward pass asks for them. With gradient checkpointing these are the inputs of
+    blocks alone.
+    """
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def pack(kept: torch.Tensor) -> Any:
+        if kept.numel() < _SMALL or kept.untyped_storage().data_ptr() in weights:
+            return kept
+        # Pinned memory is what a GPU copies from and to while it computes.
+        aside = torch.empty_like(kept, device="cpu", pin_memory=kept.is_cuda)
+        return kept.device, aside.copy_(kept, non_blocking=kept.is_cuda)
+
+    def unpack(packed: Any) -> torch.Tensor:
+        if torch.is_tensor(packed):
+            return packed
+        device, aside = packed
+        return aside.to(device, non_blocking=True)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 def prepare_base(model: Any, config: ModelConfig) -> Callable[[], None]:

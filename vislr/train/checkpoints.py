@@ -213,6 +213,8 @@ _FREE = (
     "data.cache_folder",
     "data.cache_limit_gb",
     "held_out.every",
+    "model.offload",
+    "model.offload_activations",
     "optim.batch",
     "optim.accumulation",
 )

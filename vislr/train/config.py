@@ -72,8 +72,11 @@ class TrainConfig:
             raise ConfigError("data.folder is not given; expected a folder of pictures")
         if self.model.base.startswith(("timm/", "torchvision/")):
             self._check_classifier()
-        if self.model.storage != "plain" and self.adapter.kind == "sara":
-            raise ConfigError("sara trains the weights themselves; model.storage must be plain")
+        if self.model.storage != "plain" and self.adapter.kind in ("sara", "dora"):
+            what = {"sara": "trains the weights themselves", "dora": "takes norms of the weights"}[self.adapter.kind]
+            raise ConfigError(f"{self.adapter.kind} {what}; model.storage must be plain")
+        if self.model.storage == "nf4" and self.adapter.kind in ("loha", "lokr"):
+            raise ConfigError(f"{self.adapter.kind} does not go with packed weights; model.storage may be int8")
         if self.adapter.reselect_after and self.held_out.keep == "best":
             raise ConfigError("adapter.reselect_after changes what is trained on the way; held_out.keep must be last")
         if not self.output.folder:

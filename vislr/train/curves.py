@@ -57,7 +57,7 @@ class Board:
 
     Args:
         folder: of the event files.
-        first_step: where this run goes on; later entries of a run that was stopped are hidden.
+        first_step: after which this run goes on; later entries of a run that was stopped are hidden.
         config: of the run; `output.wandb` names the project.
 
     Raises:
@@ -67,7 +67,7 @@ class Board:
     def __init__(self, folder: Path, first_step: int, config: TrainConfig) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=first_step or None)
+        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
         self._wandb: Any = None
         if config.output.wandb:
             self._wandb = check_wandb().init(

@@ -207,6 +207,8 @@ def family_of(pipe: Any) -> Family:
             f"cannot train a {type(pipe).__name__} with a {type(denoiser).__name__}; expected the UNet of Stable "
             "Diffusion 1, 2 or XL, or the transformer of SD3, FLUX, PixArt or DiT"
         )
+    if "AutoencoderKL" not in {base.__name__ for base in type(pipe.vae).__mro__}:
+        raise ModelError(f"the VAE is of class {type(pipe.vae).__name__}; expected the model's own AutoencoderKL")
     wanted = pipe.vae.config.latent_channels * (4 if family is Flux else 1)
     if denoiser.config.in_channels != wanted:
         raise ModelError(

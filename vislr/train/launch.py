@@ -25,7 +25,7 @@ def shard_if_asked(config: TrainConfig) -> None:
     accelerate would divide the adapter and its optimiser, too, so its request is taken out of the environment.
 
     Raises:
-        ConfigError: base in fewer bits, compiled or leaving the device; or SaRA, which trains the base in place.
+        ConfigError: base in fewer bits, compiled, or something that leaves the device; or SaRA, which trains the base.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes"):
         os.environ["ACCELERATE_USE_FSDP"] = "false"
@@ -39,6 +39,7 @@ def shard_if_asked(config: TrainConfig) -> None:
         ("storage", model.storage, "plain"),
         ("compile", model.compile, False),
         ("offload", model.offload, "none"),
+        ("offload_activations", model.offload_activations, False),
     ):
         if value != expected:
             raise ConfigError(f"model.shard goes with model.{key} {str(expected).lower()}, not {str(value).lower()}")

@@ -19,8 +19,8 @@ from vislr.core.errors import ConfigError, Interrupted, TrainingError
 from vislr.core.files import atomic_path
 from vislr.core.memory import return_freed_heap
 from vislr.data import ImageFolder, Pool, as_pool, generator, key_seed, make_grid
-from vislr.train.adapted import Average, adapter_training, adapters_off, trainable_parameters
-from vislr.train.base import prepare_base
+from vislr.train.adapted import Average, adapter_training, adapters_off, let_resize, trainable_parameters
+from vislr.train.base import activations_aside, prepare_base
 from vislr.train.config import TrainConfig
 from vislr.train.curves import Board, History, draw_curves
 from vislr.train.diffusion import Diffusion
@@ -127,8 +127,10 @@ def fit(
     progress = Progress(Path(config.output.folder), config, chosen, optimizer, accelerator, average, save_adapter,
                         task.models)  # fmt: skip
     take_up(progress, pool, task)
-    if config.model.shard and accelerator.num_processes > 1:
-        shard_base(task.model, list(chosen.values()), accelerator.device, accelerator.num_processes)
+    if _by_hand(config, accelerator.num_processes):
+        if config.model.shard:
+            shard_base(task.model, list(chosen.values()), accelerator.device, accelerator.num_processes)
+        let_resize(task.models)
         wrapped, prepared = task.model, accelerator.prepare(optimizer)
     else:
         wrapped, prepared = accelerator.prepare(task.model, optimizer)
@@ -138,6 +140,11 @@ def fit(
         accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
         undo()
         adapter_training(list(task.models.values()), False)
+
+
+def _by_hand(config: TrainConfig, world: int) -> bool:
+    """Whether gradients are shared one by one: a divided base and vectors that get shorter are nothing for DDP."""
+    return world > 1 and bool(config.model.shard or config.adapter.reselect_after)
 
 
 class _Run:
@@ -151,9 +158,10 @@ class _Run:
         self.models = list(task.models.values())
         # A divided model runs on all processes or on none.
         self.together = self.config.model.shard and self.world > 1
-        # Parameters beside the wrapped model: their gradients are shared by hand.
+        # Parameters beside the wrapped model, or all: their gradients are shared by hand.
+        by_hand = _by_hand(self.config, self.world)
         self.loose = [
-            value for name, value in self.trainable.items() if self.together or name.partition(".")[0] in task.models
+            value for name, value in self.trainable.items() if by_hand or name.partition(".")[0] in task.models
         ]
         held_out = self.config.held_out
         self.evaluator = Evaluator(
@@ -301,7 +309,9 @@ class _Run:
         for number in range(passes):
             batch = next(batches)
             with contextlib.nullcontext() if number == passes - 1 else self.accelerator.no_sync(model):
-                with self.accelerator.autocast():
+                aside = self.config.model.offload_activations
+                kept = activations_aside(self.task.model) if aside else contextlib.nullcontext()
+                with self.accelerator.autocast(), kept:
                     draw = self.task.forward(model, batch)
                     values: dict[str, torch.Tensor] = {"loss": draw.loss}
                     if self.extra is not None:

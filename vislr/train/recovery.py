@@ -12,6 +12,7 @@ from torch import nn
 
 from vislr.anatomy import denoiser_of
 from vislr.core.errors import ConfigError
+from vislr.data import key_seed
 from vislr.data.config import DataConfig
 from vislr.train.checks import at_least
 from vislr.train.config import (
@@ -118,7 +119,7 @@ def recover(
     device = accelerator.device if accelerator is not None else next(model.parameters()).device
     dtype = None if wanted.teacher_dtype is None else getattr(torch, wanted.teacher_dtype)
     teacher = make_teacher(teacher, dtype=dtype, device=device, offload=wanted.teacher_offload)
-    trainable, rates, taps = _chosen(model, plan, wanted, put_on)
+    trainable, rates, taps = _chosen(model, plan, wanted, seed, put_on)
     config = TrainConfig(
         model=ModelConfig(base=base), data=data, held_out=wanted.held_out, objective=wanted.objective,
         optim=wanted.optim, sample=wanted.sample, steps=wanted.steps, seed=seed, precision=wanted.precision,
@@ -149,7 +150,7 @@ def recover(
 
 
 def _chosen(
-    model: nn.Module, plan: LayerPlan, wanted: RecoverySection, put_on: Callable[[Any, str], Any] | None
+    model: nn.Module, plan: LayerPlan, wanted: RecoverySection, seed: int, put_on: Callable[[Any, str], Any] | None
 ) -> tuple[dict[str, nn.Parameter] | None, dict[str, float] | None, list[str]]:
     """What is trained (None: the adapter), its rates, and where features are compared."""
     taps = taps_of(model)
@@ -158,6 +159,8 @@ def _chosen(
 
         if put_on is None:
             raise ConfigError("train: lora needs a way to put an adapter on")
+        # Whatever this process has drawn before: a run that goes on must begin as one that was not stopped.
+        torch.manual_seed(key_seed(seed, "adapter"))
         put_on(LoraConfig(r=wanted.rank, lora_alpha=wanted.rank), ADAPTER)
         return None, None, taps
     trainable = after_first_cut(model) if wanted.train == "after-cut" else dict(model.named_parameters())

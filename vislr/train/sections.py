@@ -30,11 +30,17 @@ class ModelConfig:
     """torch.compile: the first steps take minutes, later ones less."""
     offload: Literal["none", "encoders"] = "none"
     """encoders: text encoders and VAE leave the device while they are not needed."""
+    offload_activations: bool = False
+    """What the forward keeps for the backward waits in main memory; less memory of a GPU, more time."""
     shard: bool = False
     """Divide the frozen base over the processes (FSDP2), the adapter stays whole; an accelerate config with FSDP does
     the same."""
     tokens: str | None = None
     """A plan.json of `vislr tokens`: the denoiser is trained under this token plan, for use under it. null: none."""
+
+    def __post_init__(self) -> None:
+        if self.offload_activations and self.compile:
+            raise ConfigError("model.offload_activations and model.compile exclude each other")
 
 
 @dataclass
@@ -190,9 +196,8 @@ class OutputConfig:
     folder: str = ""
     """The result's folder. Must be given."""
     format: Literal["vislr", "diffusers", "kohya", "comfy"] = "vislr"
-    """Layout of adapter.safetensors: vislr holds every kind exactly; diffusers is for `load_lora_weights` and holds what
-    a LoRA can say (lora, dora, convlora, flora); kohya (A1111, ComfyUI, sd-scripts) and comfy hold what they have a
-    form for."""
+    """Layout of adapter.safetensors: vislr holds every kind exactly; diffusers is for `load_lora_weights` and holds
+    what a LoRA can say; kohya (A1111, ComfyUI, sd-scripts) and comfy hold what they have a form for."""
     checkpoint_every: int = 200
     """Steps between two checkpoints; 0: only when stopped."""
     keep: int = 2

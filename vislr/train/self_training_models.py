@@ -21,12 +21,12 @@ from vislr.train.self_training_config import NetConfig
 
 
 class _Residual(nn.Module):
-    """x + conv(relu(bn(conv(relu(bn(x)))))), both 3x3."""
+    """x + conv(relu(bn(conv(relu(bn(x)))))), both convs of one odd kernel."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, kernel: int = 3) -> None:
         super().__init__()
         self.bn1, self.bn2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
-        self.conv1, self.conv2 = (nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(2))
+        self.conv1, self.conv2 = (nn.Conv2d(width, width, kernel, padding=kernel // 2, bias=False) for _ in range(2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.conv1(F.relu(self.bn1(x)))
@@ -41,7 +41,7 @@ class ResidualUNet(nn.Module):
     """(N, channels, H, W) -> (N, 1, H, W) logits; H and W multiples of 8.
 
     Four levels of `width`, 2, 4 and 8 times as many maps, three pre-activation blocks a stage, 2x2 convs
-    of stride 2 down and transposed ones up, 1x1 shortcuts that are added. 52 BatchNorms.
+    of stride 2 down and transposed ones up, 1x1 shortcuts that are added, a 1x1 block at the end. 52 BatchNorms.
     """
 
     def __init__(self, channels: int = 1, width: int = 16) -> None:
@@ -55,7 +55,9 @@ class ResidualUNet(nn.Module):
             self.add_module(f"down{level}", nn.Sequential(nn.BatchNorm2d(before), down, nn.ReLU(), *_three(after)))
             self.add_module(f"up{level}", nn.Sequential(*_three(after), nn.BatchNorm2d(after), up, nn.ReLU()))
             self.add_module(f"shortcut{level - 1}", nn.Conv2d(before, before, 1))
-        self.out_path = nn.Sequential(_Residual(n), nn.BatchNorm2d(n), nn.ReLU(), nn.Conv2d(n, 1, 1), nn.BatchNorm2d(1))
+        self.out_path = nn.Sequential(
+            _Residual(n, 1), nn.BatchNorm2d(n), nn.ReLU(), nn.Conv2d(n, 1, 1), nn.BatchNorm2d(1)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         levels = [self.init_path(x)]
