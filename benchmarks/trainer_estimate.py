@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--kind", default="lora")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--record", action="store_true")
+    parser.add_argument("--name", help="of the record; default: estimate-against-measured-widthWIDTH")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.child:
@@ -181,7 +182,7 @@ def main() -> None:
             ),
             "error": Measurement(error, None, 1, 0, "ratio", "estimated over measured, less 1", "", settings),
         }
-        name = f"estimate-against-measured-width{a.width}" + ("-checkpointing" if a.checkpointing else "")
+        name = a.name or f"estimate-against-measured-width{a.width}" + ("-checkpointing" if a.checkpointing else "")
         command = "python -P benchmarks/trainer_estimate.py " + " ".join(sys.argv[1:])
         print(write_record(name, figures, log=log, command=command, seed=0))
 
