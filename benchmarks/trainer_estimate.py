@@ -91,15 +91,7 @@ def child(a: argparse.Namespace) -> None:
     vislr.apply(pipe, config.adapter.to_change())
     Path("/proc/self/clear_refs").write_text("5")
     train, held_out = setup.open_data(config)
-    marks: list[float] = []
-
-    def stop(step: int) -> bool:
-        import time
-
-        marks.append(time.perf_counter())
-        return False
-
-    result = fit(pipe, "default", config, train, held_out, stop=stop)
+    result = fit(pipe, "default", config, train, held_out)
     print(json.dumps({"before": before, "loaded": loaded, "peak": held("VmHWM"), "step": result.seconds / 2}))
 
 
@@ -167,19 +159,13 @@ def main() -> None:
         settings = {"width": a.width, "size": a.size, "batch": a.batch, "kind": a.kind,
                     "checkpointing": a.checkpointing, "threads": torch.get_num_threads()}  # fmt: skip
         note = "one run"
+        heap = returned["peak"] - returned["before"]
+        slowdown = returned["step"] / measured["step"]
+        fixed = settings | {"MALLOC_MMAP_THRESHOLD_": 1048576, "slowdown": slowdown}
         figures = {
             "measured increment": Measurement(increment / GIB, None, 1, 0, "GiB", note, "", settings),
             "estimated": Measurement(estimate.total / GIB, None, 1, 0, "GiB", note, "", settings),
-            "measured increment, large blocks returned": Measurement(
-                (returned["peak"] - returned["before"]) / GIB,
-                None,
-                1,
-                0,
-                "GiB",
-                note,
-                "",
-                settings | {"MALLOC_MMAP_THRESHOLD_": 1048576, "slowdown": returned["step"] / measured["step"]},
-            ),
+            "measured increment, large blocks returned": Measurement(heap / GIB, None, 1, 0, "GiB", note, "", fixed),
             "error": Measurement(error, None, 1, 0, "ratio", "estimated over measured, less 1", "", settings),
         }
         name = a.name or f"estimate-against-measured-width{a.width}" + ("-checkpointing" if a.checkpointing else "")
