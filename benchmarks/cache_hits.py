@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--pictures", type=int, default=32)
+    parser.add_argument("--name", default="cache-hits", help="of the record")
     a = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -59,7 +60,7 @@ def main() -> None:
     log = "\n".join([load, *(f"{name}: {figure}" for name, figure in figures.items())]) + "\n"
     print(log, end="")
     command = f"python benchmarks/cache_hits.py --rounds {a.rounds} --batch {a.batch} --pictures {a.pictures}"
-    print(measure.write_record("cache-hits", figures, log=log, command=command, seed=0))
+    print(measure.write_record(a.name, figures, log=log, command=command, seed=0))
 
 
 def make_task(folder: str, data: dict) -> Diffusion:

@@ -16,7 +16,9 @@ In files: `.convlora_A`, `.convlora_B`, `.alpha`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -108,14 +110,15 @@ def chain_forward(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: floa
         h = glue(h, k1)  # (N g, k1 r k1, *S')
     else:
         grouped = cut(x, geometry.groups)  # (N g, Cg, *S)
-        maps = [geometry.convolve(grouped[:, a:b], kernel) for a, b, kernel in _shifted(A, geometry.shape)]
+        runs, kernels = zip(*_shifted(A, geometry.shape), strict=True)
+        maps = [geometry.convolve(run, kernel) for run, kernel in zip(_copies(grouped, runs), kernels, strict=True)]
         h = torch.cat(maps, 1)  # (N g, k1 r k1, *S')
     matrix = B.reshape(out, -1)
     return geometry.mix(h, matrix if scale == 1 else matrix * scale)
 
 
-def _shifted(A: torch.Tensor, shape: tuple[int, ...]) -> list[tuple[int, int, torch.Tensor]]:
-    """For each of k1 pieces: its first channel, the one after its last, and its kernel (r k1, channels, *K)."""
+def _shifted(A: torch.Tensor, shape: tuple[int, ...]) -> list[tuple[tuple[int, int], torch.Tensor]]:
+    """For each of k1 pieces: its first channel and the one after its last, and its kernel (r k1, channels, *K)."""
     _, inside, k1, *rest = shape
     rows = A.reshape(len(A), inside, -1)
     found = []
@@ -124,8 +127,19 @@ def _shifted(A: torch.Tensor, shape: tuple[int, ...]) -> list[tuple[int, int, to
         channels = -(-(before + inside) // k1)
         after = channels * k1 - before - inside
         kernel = F.pad(rows, (0, 0, before, after)).reshape(len(A), channels, k1, *rest)
-        found.append((first, first + channels, kernel))
+        found.append(((first, first + channels), kernel))
     return found
+
+
+def _copies(x: torch.Tensor, runs: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+    """Runs of channels (first, after last) of x that share their ends and together cover it.
+
+    Joined from parts that do not overlap: the backward of overlapping slices fills a gradient of all of x with
+    zeros for each, which takes longer than the copies (record convlora-ways).
+    """
+    bounds = sorted({end for run in runs for end in run})
+    parts = dict(zip(bounds, x.split([b - a for a, b in pairwise(bounds)], 1), strict=False))
+    return [torch.cat([part for at, part in parts.items() if first <= at < last], 1) for first, last in runs]
 
 
 def use_chain(geometry: Geometry, r: int, positions: int) -> bool:
