@@ -2,12 +2,14 @@
 
     OMP_NUM_THREADS=2 python -P benchmarks/trainer_throughput.py --shape emoji --rounds 30 --record
     OMP_NUM_THREADS=2 python -P benchmarks/trainer_throughput.py --shape sd15 --rounds 8 --record      # about 7 GB each
+    OMP_NUM_THREADS=1 python -P benchmarks/trainer_throughput.py --memory 8 --rounds 0 --record        # attempts, too
 
 Both train the same LoRA on the same pipeline: the same order of pictures, latents and captions encoded beforehand,
 the same target, batch, number type, clipping, fused AdamW and memory format. The plain loop has no held-out loss, no
 checkpoints, no exact draws and no curves; ours is `vislr.train.fit` as it is, stopped between two steps. They alternate
 in a random order; the ratio is taken within a round. Peak memory is that of a process of its own for each, over what it
-held after the imports. `-P` keeps this folder out of the module path.
+held after the imports; with `--memory N` of N processes each, also of vislr with its heap returned before the first
+step, without its first picture, and with one arena of malloc. `-P` keeps this folder out of the module path.
 """
 
 from __future__ import annotations
@@ -27,8 +29,11 @@ from pathlib import Path
 import torch
 
 import vislr
+import vislr.train.loop
 from vislr import measure, zoo
+from vislr.core.memory import return_freed_heap
 from vislr.data import sample_at
+from vislr.measure.measurement import median_interval
 from vislr.measure.timing import compare_times
 from vislr.pipelines import training_setup as setup
 from vislr.train import (
@@ -77,7 +82,8 @@ def config_of(a: argparse.Namespace, folder: str) -> TrainConfig:
         model=ModelConfig(base="emoji-unet"), data=DataConfig(folder=f"{folder}/images", size=a.size),
         held_out=HeldOutConfig(fraction=0.0, every=0), adapter=AdapterSection(kind="lora", r=8, target_modules=TARGETS),
         optim=OptimConfig(batch=a.batch, warmup=0, lr=1e-4), sample=SampleConfig(prompts=["a red apple"], steps=1),
-        output=OutputConfig(folder=f"{folder}/run", checkpoint_every=0, overwrite=True), steps=a.rounds + a.warmup + 1,
+        output=OutputConfig(folder=f"{folder}/run", checkpoint_every=0, overwrite=True),
+        steps=max(a.rounds, 2) + a.warmup + 1,
         precision=a.precision,
     )  # fmt: skip
 
@@ -160,6 +166,8 @@ class Plain:
 
 
 MAKE = {NAMES[0]: Plain, NAMES[1]: Ours}
+# Attempts at a lower peak.
+RETURNED, NO_PICTURE, ONE_ARENA = (f"vislr, {how}" for how in ("heap returned first", "no first picture", "one arena"))
 
 
 def held(field: str) -> int:
@@ -168,29 +176,59 @@ def held(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
+def interleaved(a: argparse.Namespace, folder: str) -> dict[str, list[float]]:
+    """Seconds of steps of both, in a random order."""
+    config = config_of(a, folder)
+    loops = {name: make(pipeline(a.shape), config) for name, make in MAKE.items()}
+    for _ in range(a.warmup):
+        for loop in loops.values():
+            loop.step()
+    rng, times = random.Random(0), {name: [] for name in NAMES}
+    for _ in range(a.rounds - 2):
+        for name in rng.sample(NAMES, len(NAMES)):
+            began = time.perf_counter()
+            loops[name].step()
+            times[name].append(time.perf_counter() - began)
+    return times
+
+
 def memory(a: argparse.Namespace, name: str, folder: str) -> float:
     """Peak in MiB of three steps in a process of its own, over what it held after its imports."""
     arguments = [sys.executable, "-P", __file__, *(word for word in sys.argv[1:] if word != "--record")]
-    done = subprocess.run([*arguments, "--child", name, "--folder", folder], capture_output=True, text=True)
+    arena = {"MALLOC_ARENA_MAX": "1"} if name == ONE_ARENA else {}
+    done = subprocess.run(
+        [*arguments, "--child", name, "--folder", folder], capture_output=True, text=True, env={**os.environ, **arena}
+    )
     if done.returncode:
         sys.exit(done.stderr[-3000:])
     return json.loads(done.stdout.splitlines()[-1]) / 2**20
 
 
-def three_steps(name: str, pipe, config: TrainConfig, before: int) -> None:
-    """Print the peak of resident memory over `before` when three steps are made, and leave."""
+def three_steps(name: str, a: argparse.Namespace) -> None:
+    """Print the peak of resident memory over that after the imports when three steps are made, and leave."""
+    for module in ("accelerate", "peft", "diffusers", "torch.utils.tensorboard", "vislr.adapters", "vislr.anatomy"):
+        importlib.import_module(module)
+    before = held("VmRSS")
 
     def report() -> None:
         print(held("VmHWM") - before, flush=True)
-        if os.environ.get("DBG"):
-            Path(os.environ["DBG"]+name[:4]).write_text("\n".join(sorted(sys.modules)))
         os._exit(0)
 
+    pipe, config = pipeline(a.shape), config_of(a, a.folder)
     if name == NAMES[0]:
         loop = Plain(pipe, config)  # makes the first
         loop.step()
         loop.step()
         report()
+    draw_first = vislr.train.loop._Run._before
+
+    def before_training(run):
+        preview = None if name == NO_PICTURE else draw_first(run)
+        if name == RETURNED:
+            return_freed_heap()
+        return preview
+
+    vislr.train.loop._Run._before = before_training
     setup.attach(config, pipe)
     # In the main thread, as users run it: another has an arena and a pool of OpenMP threads of its own.
     fit(pipe, "default", config, *setup.open_data(config), stop=lambda step: report() if step == 3 else False)
@@ -203,44 +241,41 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="default 16 (emoji) or 1 (sd15)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--memory", type=int, default=1, help="processes for the peak of each; several: attempts, too")
+    parser.add_argument("--name", help="of the record")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--record", action="store_true")
-    parser.add_argument("--child", choices=NAMES, help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=(*NAMES, RETURNED, NO_PICTURE, ONE_ARENA), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     a = parser.parse_args()
     a.size = a.size or {"emoji": 64, "sd15": 256}[a.shape]
     a.batch = a.batch or {"emoji": 16, "sd15": 1}[a.shape]
     if a.child:
-        for module in ("accelerate", "peft", "diffusers", "torch.utils.tensorboard", "vislr.adapters"):
-            importlib.import_module(module)
-        three_steps(a.child, pipeline(a.shape), config_of(a, a.folder), held("VmRSS"))
+        three_steps(a.child, a)
+        return
     with tempfile.TemporaryDirectory() as folder:
         zoo.export(f"{folder}/images", zoo.images(style="noto")[: 64 if a.shape == "emoji" else 4])
-        peaks = {name: memory(a, name, folder) for name in NAMES}
-        config = config_of(a, folder)
-        loops = {name: MAKE[name](pipeline(a.shape), config) for name in NAMES}
-        for _ in range(a.warmup):
-            for loop in loops.values():
-                loop.step()
-        rng, times = random.Random(0), {name: [] for name in NAMES}
-        for _ in range(a.rounds - 2):
-            for name in rng.sample(NAMES, len(NAMES)):
-                began = time.perf_counter()
-                loops[name].step()
-                times[name].append(time.perf_counter() - began)
+        ways = NAMES if a.memory == 1 else (*NAMES, RETURNED, NO_PICTURE, ONE_ARENA)
+        peaks: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(a.memory):
+            for name in ways:
+                peaks[name].append(memory(a, name, folder))
+        times = interleaved(a, folder) if a.rounds else {}
     device = measure.record.device_name(torch.device("cpu"))
     settings = {"shape": a.shape, "size": a.size, "batch": a.batch, "precision": a.precision, "rounds": a.rounds - 2,
                 "threads": torch.get_num_threads(), "device": device}  # fmt: skip
-    figures = compare_times(times, NAMES[0], 0, settings)
-    for name, peak in peaks.items():
-        figures[f"{name}: memory"] = measure.Measurement(
-            peak, None, 1, None, "MiB", "peak resident memory over that after import", "", settings
-        )
+    figures = compare_times(times, NAMES[0], 0, settings) if times else {}
+    for name, own in peaks.items():
+        value, interval, how = median_interval(own) if len(own) > 1 else (own[0], None, "one process")
+        what = f"peak resident memory over that after import, {how}"
+        figures[f"{name}: memory"] = measure.Measurement(value, interval, len(own), None, "MiB", what, "", settings)
     load = f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
     log = "\n".join([load, *(f"{name}: {figure}" for name, figure in figures.items())]) + "\n"
     print(log, end="")
     if a.record:
-        name = f"trainer-against-plain-loop-{a.shape}" + ("-bf16" if a.precision == "bf16" else "")
+        name = a.name or f"trainer-{'against-plain-loop' if a.rounds else 'memory'}-{a.shape}" + (
+            "-bf16" if a.precision == "bf16" else ""
+        )
         command = "python -P benchmarks/trainer_throughput.py " + " ".join(sys.argv[1:])
         print(measure.write_record(name, figures, log=log, command=command, seed=0))
     # The thread of `fit` waits for its next step.
