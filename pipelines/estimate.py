@@ -57,9 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         raise ConfigError(f"device '{config.device}' is none that torch knows") from error
     models, others, size, head = on_meta(config)
+    entries = sparse_entries(models[""], config) if config.adapter.kind == "sara" else None
     pictures = max(6, len(config.sample.prompts)) * (len(config.sample.seeds) + 1)
     found = estimate_run(
-        models, others, config, size=size, device=device, head=head, timed=config.timed,
+        models, others, config, size=size, device=device, head=head, timed=config.timed, entries=entries,
         available=None if config.memory_gb is None else int(config.memory_gb * 2**30),
         run_bytes=lambda trainable: bytes_needed(config, trainable, pictures),
     )  # fmt: skip
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def on_meta(
     config: TrainConfig,
 ) -> tuple[dict[str, nn.Module], dict[str, nn.Module], dict[str, int], nn.Module | None]:
-    """The models of a run without weights, adapters attached.
+    """The models of a run without weights, adapters attached (SaRA, which needs values, is not).
 
     Returns:
         those that carry the adapter by prefix, the others by name, the size that the denoiser sees, and of a
@@ -87,18 +88,16 @@ def on_meta(
     from vislr.train.tasks import input_of
 
     adapter = config.adapter
-    if adapter.kind == "sara":
-        raise ConfigError(
-            "sara trains entries by their values, which an estimate does not read; a fraction f of the entries takes "
-            "12 bytes each beside the weights"
-        )
-    if adapter.kind in ("dora", "loha", "lokr"):
+    if adapter.kind == "sara" and adapter.text_encoders:
+        raise ConfigError("sara on text encoders cannot be estimated; estimate the denoiser alone")
+    if adapter.kind in ("loha", "lokr"):
         # peft's layers of these kinds read values on the way, which models without weights have not.
         raise ConfigError(f"{adapter.kind} cannot be traced without weights; estimate lora of as many parameters")
     if is_classifier(config.model.base):
         with torch.device("meta"):
             model, head = load_classifier(config.model.base, 1000, pretrained=False, size=config.data.size)
-        attach(model, adapter.to_change(), adapter.name)
+        if adapter.kind != "sara":
+            attach(model, adapter.to_change(), adapter.name)
         side = input_of(model, config.data.size).size
         return {"": model}, {}, {"height": side, "width": side}, head
     folder = config_folder(config.model.base)
@@ -107,10 +106,55 @@ def on_meta(
     for module in (*models.values(), *others.values()):
         # Not the libraries' own `to`, which warn about weights that these models do not have.
         torch.nn.Module.to(module, kind)
-    for name, module in models.items():
-        change = adapter.to_text_change(module) if name else adapter.to_change()
-        attach(module, change, adapter.name)
+    if adapter.kind != "sara":
+        for name, module in models.items():
+            change = adapter.to_text_change(module) if name else adapter.to_change()
+            attach(module, change, adapter.name)
     return models, others, size, None
+
+
+def sparse_entries(model: nn.Module, config: TrainConfig) -> dict[str, int]:
+    """Layer -> entries that SaRA trains. A count or share goes over the layers by their size; a threshold reads values.
+
+    Raises:
+        ConfigError: a threshold, and the base's weights are not in a folder here.
+        TargetError, AdapterError: the adapter does not fit the model.
+    """
+    from vislr.adapters.sara_select import chosen_layers, wanted_count
+
+    change: Any = config.adapter.to_change()
+    own = {site: model.get_submodule(site)._parameters for site in chosen_layers(model, change)}
+    if change.threshold is not None:
+        return _below(change.threshold, own, config.model.base)
+    sizes = {site: sum(part.numel() for part in parts.values() if part is not None) for site, parts in own.items()}
+    left, total, found = wanted_count(change, sum(sizes.values())), sum(sizes.values()), {}
+    for site, size in sizes.items():
+        found[site] = round(left * size / total)
+        left, total = left - found[site], total - size
+    return found
+
+
+def _below(threshold: float, own: dict[str, Any], base: str) -> dict[str, int]:
+    """Layer -> entries of smaller magnitude, from the denoiser's files."""
+    from safetensors import safe_open
+
+    folder = None if base.startswith("timm/") else config_folder(base)
+    files = [file for name in ("unet", "transformer") if folder for file in sorted((folder / name).glob("*.safetensors"))]
+    # A variant in half precision may lie beside the weights.
+    files = [file for file in files if file.name.count(".") == 1] or files
+    if not files:
+        raise ConfigError(
+            f"the weights of '{base}' are not here to compare with adapter.threshold; give adapter.count or fraction"
+        )
+    places = {f"{site}.{key}": site for site, parts in own.items() for key in ("weight", "bias") if key in parts}
+    found: dict[str, int] = {}
+    for file in files:
+        with safe_open(file, "pt") as stored:
+            for key in stored.keys():  # noqa: SIM118  (no mapping)
+                if key in places:
+                    below = int((stored.get_tensor(key).float().abs() < threshold).sum())
+                    found[places[key]] = found.get(places[key], 0) + below
+    return found
 
 
 def config_folder(base: str) -> Path:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import timm
 import tiny
 import torch
+from diffusers import StableDiffusionPipeline
 
+from vislr.adapters import attach as attach_config
 from vislr.core.errors import ConfigError, ModelError
 from vislr.pipelines import estimate
 from vislr.pipelines.training_setup import attach
@@ -67,7 +70,16 @@ def test_what_does_not_fit_gets_advice_and_exit_code_1(sd_folder, capsys):
     ("argv", "error", "message"),
     [
         (["--model.base", "emoji-unt"], ModelError, "'emoji-unt' is no diffusers folder and no embedded name; did you"),
-        (["--adapter.kind", "sara", "--adapter.count", "9"], ConfigError, "sara trains entries by their values"),
+        (
+            ["--adapter.kind", "sara", "--adapter.count", "9", "--adapter.text_encoders", "text_encoder"],
+            ConfigError,
+            "sara on text encoders cannot be estimated",
+        ),
+        (
+            ["--model.base", "timm/resnet10t", "--adapter.kind", "sara", "--adapter.threshold", "0.01"],
+            ConfigError,
+            "the weights of 'timm/resnet10t' are not here to compare with adapter.threshold",
+        ),
         (["--adapter.kind", "lokr"], ConfigError, "lokr cannot be traced without weights; estimate lora"),
         (["--device", "gpu"], ConfigError, "device 'gpu' is none that torch knows"),
         (["--adapter.text_encoders", "text_encoder_3"], ConfigError, "a StableDiffusionPipeline has none"),
@@ -76,6 +88,49 @@ def test_what_does_not_fit_gets_advice_and_exit_code_1(sd_folder, capsys):
 def test_wrong_estimates_fail_by_name(argv, error, message):
     with pytest.raises(error, match=message):
         estimate.main([*GIVEN, *argv])
+
+
+def test_dora_counts_its_magnitudes(sd_folder, capsys):
+    def trainable(kind):
+        return said(capsys, "--model.base", str(sd_folder), "--adapter.kind", kind, "--adapter.r", "2")[1]["trainable"]
+
+    unet = tiny.tiny_sd_pipeline().unet
+    rows = sum(m.weight.shape[0] for m in unet.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d))
+    assert 0 < trainable("dora") - trainable("lora") <= rows
+
+
+@pytest.mark.parametrize("how", [("fraction", "0.1"), ("threshold", "0.02"), ("count", "1000")], ids=lambda how: how[0])
+def test_sara_is_counted_without_the_model(sd_folder, capsys, how):
+    kind, value = how
+    argv = ["--model.base", str(sd_folder), "--adapter.kind", "sara", f"--adapter.{kind}", value]
+    found = said(capsys, *argv)[1]
+    config = TrainConfig(
+        data=DataConfig(folder="x"), output=OutputConfig(folder="y"),
+        adapter=AdapterSection(kind="sara", **{kind: json.loads(value)}),
+    )  # fmt: skip
+    pipe = StableDiffusionPipeline.from_pretrained(sd_folder)
+    assert found["trainable"] == attach(config, pipe)[0].trainable
+    assert found["parts"]["optimiser"] == 8 * found["trainable"]
+    assert found["parts"]["entries' places, gradient"] == 12 * found["trainable"]
+    assert found["parts"]["denoiser's weights"] == 4 * sum(p.numel() for p in tiny.tiny_sd_pipeline().unet.parameters())
+
+
+def test_saras_dense_gradients_go_as_they_come():
+    # Two tokens: next to nothing but weights and their gradients.
+    with torch.device("meta"):
+        model = timm.create_model("vit_tiny_patch16_224", img_size=16)
+    config = TrainConfig(
+        data=DataConfig(folder="x"), output=OutputConfig(folder="y"), optim=OptimConfig(batch=1),
+        adapter=AdapterSection(kind="sara", fraction=0.5),
+    )  # fmt: skip
+    entries = estimate.sparse_entries(model, config)
+    size = {"height": 16, "width": 16}
+    found = estimate_run({"": model}, {}, config, size=size, device=torch.device("cpu"), timed=False, entries=entries)
+    weights = sum(p.numel() for p in model.parameters())
+    assert abs(found.trainable - 0.5 * weights) < 0.01 * weights
+    largest = max(p.numel() for p in model.parameters())
+    # Twice the largest gradient: one arrives where the one before has just gone. All of them would be 4 * weights.
+    assert 4 * largest < found.parts["activations, gradients"] < 0.15 * 4 * weights
 
 
 def test_a_timed_step_and_classifiers(capsys):
@@ -121,7 +176,6 @@ def test_the_trace_counts_live_bytes():
 
 
 def test_checkpointing_keeps_less():
-    from vislr.adapters import attach as attach_config
     from vislr.anatomy.skeletons import skeleton
 
     def total(checkpointing):

@@ -81,8 +81,7 @@ def select(model: nn.Module, config: Any) -> Selection:
             without values, or a layer that cannot be adapted.
     """
     layers = sparse_layers(model)
-    sites = _sites(model, config, layers)
-    _check_tied(model, sites)
+    sites = chosen_layers(model, config)
     for site in sites:
         if innermost(layers[site]).weight.is_meta:
             raise AdapterError(f"'{site}' is on the meta device: there are no values to select from")
@@ -90,9 +89,7 @@ def select(model: nn.Module, config: Any) -> Selection:
     if config.threshold is not None:
         limit, ties = config.threshold, 0
     else:
-        count = config.count if config.count is not None else max(1, round(config.fraction * total))
-        if count > total:
-            raise AdapterError(f"count is {count:,}; the layers chosen have {total:,} entries")
+        count = wanted_count(config, total)
         limit, ties = _kth(lambda: (m for site in sites for m in magnitudes(layers[site])), count)
     index = {}
     for site in sites:
@@ -117,6 +114,29 @@ def select(model: nn.Module, config: Any) -> Selection:
     if config.threshold is None:
         threshold = float(torch.nextafter(torch.tensor(limit), torch.tensor(math.inf)))
     return Selection(index, threshold, total, tuple(_left_alone(model)))
+
+
+def chosen_layers(model: nn.Module, config: Any) -> list[str]:
+    """Names of the layers that a SaraConfig goes on; their weights may be on the meta device.
+
+    Raises:
+        TargetError, AdapterError: as `select`.
+    """
+    sites = _sites(model, config, sparse_layers(model))
+    _check_tied(model, sites)
+    return sites
+
+
+def wanted_count(config: Any, total: int) -> int:
+    """How many of `total` entries a config with `count` or `fraction` trains.
+
+    Raises:
+        AdapterError: more than there are.
+    """
+    count = config.count if config.count is not None else max(1, round(config.fraction * total))
+    if count > total:
+        raise AdapterError(f"count is {count:,}; the layers chosen have {total:,} entries")
+    return count
 
 
 def magnitudes(layer: nn.Module) -> Iterator[torch.Tensor]:

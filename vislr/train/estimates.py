@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vislr.adapters import attach
 from vislr.anatomy import meta_copy, sample_inputs
 from vislr.train.adapted import trainable_parameters
 from vislr.train.config import TrainConfig
@@ -105,7 +106,7 @@ def available_memory(device: torch.device) -> int | None:
 def estimate_run(
     models: Mapping[str, nn.Module], others: Mapping[str, nn.Module], config: TrainConfig, *, size: Mapping[str, int],
     device: torch.device, head: nn.Module | None = None, timed: bool = True, available: int | None = None,
-    run_bytes: Callable[[int], int] = lambda trainable: 0,
+    entries: Mapping[str, int] | None = None, run_bytes: Callable[[int], int] = lambda trainable: 0,
 ) -> Estimate:  # fmt: skip
     """Estimate a run.
 
@@ -118,19 +119,29 @@ def estimate_run(
         head: of a classifier.
         timed: make one real step on `device`, with random weights, if they fit.
         available: bytes of memory; None: what is free on the device now.
+        entries: of SaRA, which is not attached: layer of the denoiser -> entries that are trained.
         run_bytes: trainable parameters -> bytes of the run's folder.
 
     Raises:
         ModelError: the denoiser is of no family that is known.
         TargetError: `optim.block_lr` fits nothing.
     """
-    trainable = trainable_parameters(models, config.adapter.name, also=head)
-    parameter_groups(trainable, config.optim)
-    count = sum(value.numel() for value in trainable.values() if value.requires_grad)
+    trainable: dict[str, nn.Parameter] = {}
+    if entries is None:
+        trainable = trainable_parameters(models, config.adapter.name, also=head)
+        parameter_groups(trainable, config.optim)
+        count = sum(value.numel() for value in trainable.values() if value.requires_grad)
+        adapter_bytes = 4 * count + 512 * len(trainable)
+    else:
+        models[""].requires_grad_(False)
+        whole = [] if head is None else list(head.requires_grad_(True).parameters())
+        count = sum(entries.values()) + sum(value.numel() for value in whole)
+        # A value and its place.
+        adapter_bytes = 8 * count + 512 * len(entries)
     available = available_memory(device) if available is None else available
-    parts = _parts(models, others, config, count, size, device)
+    parts = _parts(models, others, config, count, size, device, entries)
     result = Estimate(
-        trainable=count, parts=parts, adapter_bytes=4 * count + 512 * len(trainable), run_bytes=run_bytes(count),
+        trainable=count, parts=parts, adapter_bytes=adapter_bytes, run_bytes=run_bytes(count),
         available=available, step_seconds=None, steps=config.steps,
     )  # fmt: skip
     result.notes.append("held-out losses and sample pictures come on top of the time")
@@ -140,17 +151,17 @@ def estimate_run(
         if config.model.storage in ("int8", "nf4"):
             result.notes.append(f"not timed: {config.model.storage} needs the real weights")
         else:
-            result.step_seconds = _timed_step(models[""], trainable, config, size, device)
+            result.step_seconds = _timed_step(models[""], trainable, config, size, device, entries)
     elif timed:
         result.notes.append("not timed: it does not fit")
     if result.fits is False:
-        result.advice = _advice(models, others, config, count, size, device, available or 0)
+        result.advice = _advice(models, others, config, count, size, device, available or 0, entries)
     return result
 
 
 def _parts(
     models: Mapping[str, nn.Module], others: Mapping[str, nn.Module], config: TrainConfig, count: int,
-    size: Mapping[str, int], device: torch.device,
+    size: Mapping[str, int], device: torch.device, entries: Mapping[str, int] | None,
 ) -> dict[str, float]:  # fmt: skip
     """Bytes by part."""
     model = models[""]
@@ -167,12 +178,15 @@ def _parts(
     if config.model.offload == "encoders" and device.type != "cpu" and not config.adapter.text_encoders:
         encoders = 0.0
     optimizer = OPTIMIZERS[config.optim.optimizer].state_bytes * count
-    trace = _trace(model, config, size, device)
+    trace = _trace(model, config, size, device, entries or {})
+    # Of SaRA's entries, beside values and optimiser: place, value of the base, and the gradient, which is not traced.
+    place = 0.0 if entries is None else 8.0 + getattr(torch, config.model.dtype).itemsize
     heap = _HEAP * trace.peak if device.type == "cpu" else 0.0
     parts = {
         "denoiser's weights" if others else "weights": base,
         "encoders' weights": encoders,
         "adapter": 4.0 * count,
+        "entries' places, gradient": place * count,
         "optimiser": float(optimizer),
         "moving average": 4.0 * count if config.optim.ema else 0.0,
         "activations, gradients": float(trace.peak),
@@ -212,12 +226,25 @@ def _call(
     return call
 
 
-def _trace(model: nn.Module, config: TrainConfig, size: Mapping[str, int], device: torch.device) -> Trace:
+def _trace(
+    model: nn.Module, config: TrainConfig, size: Mapping[str, int], device: torch.device, entries: Mapping[str, int]
+) -> Trace:
     twin: Any = meta_copy(model)
+    sparse = [twin.get_submodule(site) for site in entries]
+    for layer in sparse:
+        layer.requires_grad_(True)
     if config.model.checkpointing and hasattr(twin, "enable_gradient_checkpointing"):
         twin.enable_gradient_checkpointing()
     mixed = None if config.precision == "fp32" else {"bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
-    return trace_step(twin, _call(twin, config, size), device, mixed)
+    call = _call(twin, config, size)
+
+    def step(onto: Callable[[torch.Tensor], Any]) -> torch.Tensor:
+        # SaRA lets a layer's dense gradient go as soon as its entries are gathered.
+        for value in (value for layer in sparse for value in layer.parameters()):
+            value.register_post_accumulate_grad_hook(lambda value: setattr(value, "grad", None))
+        return call(onto)
+
+    return trace_step(twin, step, device, mixed)
 
 
 def _preview(
@@ -238,7 +265,7 @@ def _preview(
 
 def _timed_step(
     model: nn.Module, trainable: Mapping[str, nn.Parameter], config: TrainConfig, size: Mapping[str, int],
-    device: torch.device,
+    device: torch.device, entries: Mapping[str, int] | None,
 ) -> float:  # fmt: skip
     """Seconds of one step, the second of two, on a copy with random weights."""
     real: Any = copy.deepcopy(model).to_empty(device=device)
@@ -253,8 +280,11 @@ def _timed_step(
         real.to(memory_format=torch.channels_last)
     if config.model.checkpointing and hasattr(real, "enable_gradient_checkpointing"):
         real.enable_gradient_checkpointing()
+    if entries is not None:
+        change = replace(config.adapter, threshold=None, fraction=None, count=sum(entries.values())).to_change()
+        attach(real, change, config.adapter.name)
     names = {name for name in trainable if not name.startswith("text_encoder")}
-    own = [value for name, value in real.named_parameters() if name in names]
+    own = [value for name, value in real.named_parameters() if name in names or (entries and value.requires_grad)]
     optimizer = torch.optim.AdamW(own, fused=True)
     call = _call(real, config, size)
     mixed = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
@@ -275,7 +305,7 @@ def _timed_step(
 
 def _advice(
     models: Mapping[str, nn.Module], others: Mapping[str, nn.Module], config: TrainConfig, count: int,
-    size: Mapping[str, int], device: torch.device, available: int,
+    size: Mapping[str, int], device: torch.device, available: int, entries: Mapping[str, int] | None,
 ) -> dict[str, float]:  # fmt: skip
     """Changes, one after the other until it fits, each with what is then needed."""
     found: dict[str, float] = {}
@@ -295,7 +325,7 @@ def _advice(
         changed = change(best)
         if changed == best:
             continue
-        total = sum(_parts(models, others, changed, count, size, device).values())
+        total = sum(_parts(models, others, changed, count, size, device, entries).values())
         if total < base - 2**20:
             found[name] = total
             best, base = changed, total
