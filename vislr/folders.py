@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vislr import models
+from vislr import classifier_folders, models
 from vislr.core.errors import FormatError, ModelError, OutputError, VislrError, hint
 from vislr.core.files import atomic_path, read_json, write_json
 from vislr.core.hashing import content_hash
@@ -53,7 +53,7 @@ def _without_adapters(module: Any) -> Any:
 
 
 def save(target: Any, folder: str | os.PathLike) -> Path:
-    """Write a pipeline (or a diffusers model) as an ordinary diffusers folder plus `vislr.json`.
+    """Write a pipeline (or a model of diffusers or timm) as an ordinary folder of its library plus `vislr.json`.
 
     Unmerged adapters go to `adapters/NAME.safetensors`; the base's weights are stored under their
     own names, so that stock diffusers loads the folder, without the adapters. Merged (fused)
@@ -67,7 +67,7 @@ def save(target: Any, folder: str | os.PathLike) -> Path:
     from vislr.adapters import inject
 
     folder = Path(folder)
-    if not hasattr(target, "save_pretrained"):
+    if not hasattr(target, "save_pretrained") and not classifier_folders.is_timm(target):
         raise ModelError(
             f"a {type(target).__name__} cannot be saved as a diffusers folder; use save_adapter, or keep its weights "
             "and plans (recipe_of)"
@@ -88,7 +88,9 @@ def save(target: Any, folder: str | os.PathLike) -> Path:
     merged = inject.merged_adapters(module)
     kept = {name: weight for name, weight in weights.items() if name not in merged}
     with atomic_path(folder) as temporary:
-        if not weights:
+        if classifier_folders.is_timm(target):
+            classifier_folders.write(target, base_state(module), _structure(module), temporary)
+        elif not weights:
             target.save_pretrained(temporary)
         elif component:
             parts = dict(target.components) | {component: _without_adapters(module)}
@@ -147,7 +149,8 @@ def fused_in(steps: list[dict[str, Any]]) -> dict[int, int]:
 def _check_structure(target: Any) -> None:
     """Every pruned part must say so in its config, also where the plan was applied to the bare component."""
     for module in modules_of(target):
-        if any(entry.structural for entry in record_of(module)) and not models.can_carry(module):
+        carries = models.can_carry(module) or classifier_folders.is_timm(module)
+        if any(entry.structural for entry in record_of(module)) and not carries:
             raise ModelError(
                 f"a {type(module).__name__} with changed structure has no config to keep the plan in; "
                 f"supported are {', '.join(models.GUARDS)}"
@@ -155,6 +158,14 @@ def _check_structure(target: Any) -> None:
     for name, part in getattr(target, "components", {}).items():
         if models.can_carry(part) and part.config.get(models.KEY):
             target.register_modules(**{name: part})
+
+
+def _structure(module: Any) -> list[dict[str, Any]]:
+    return [
+        models.entry_of(entry.report.kind, entry.report.name, entry.change["plan"])
+        for entry in record_of(module)
+        if entry.structural
+    ]
 
 
 def _run_time_plans(target: Any) -> list[dict[str, Any]]:
@@ -177,12 +188,13 @@ def load(source: str | os.PathLike, *, any_base: bool = False, **options: Any) -
     """Load a pipeline and put back what `save` recorded.
 
     Args:
-        source: name of an embedded pipeline, a diffusers folder (pipeline or one model), or a hub id.
+        source: name of an embedded pipeline, a diffusers folder (pipeline or one model), folder of timm,
+            embedded classifier, or a hub id.
         any_base: accept adapters whose base weights differ.
         options: passed on to `from_pretrained` (dtype, revision, ...); dtype is float32 unless given.
 
     Returns:
-        a diffusers pipeline, or a model if the folder is one.
+        a diffusers pipeline, or a model if the folder is one (of timm in evaluation mode).
 
     Raises:
         ModelError: `source` is neither. FormatError: `vislr.json` has an unknown schema.
@@ -289,6 +301,8 @@ def _load_diffusers(source: str | os.PathLike, options: dict[str, Any]) -> tuple
     name, folder = str(source), Path(source)
     if not folder.exists() and name in zoo.pipeline_names():
         return zoo.pipeline(name, **options), zoo.pipeline_folder(name)
+    if not folder.exists() and name in zoo.classifier_names():
+        return zoo.classifier(name), None
     if folder.is_dir():
         options = {"local_files_only": True, "dtype": torch.float32} | options
         if (folder / "model_index.json").is_file():
@@ -298,6 +312,8 @@ def _load_diffusers(source: str | os.PathLike, options: dict[str, Any]) -> tuple
             options = {key: None for key, value in index.items() if value == [None, None]} | options
         elif (folder / "config.json").is_file():
             config = read_json(folder / "config.json")
+            if classifier_folders.is_folder_of_timm(config):
+                return classifier_folders.read(folder, config), folder
             wanted = config.get("_class_name")
             loader = getattr(diffusers, str(wanted), None)
             if not (isinstance(loader, type) and issubclass(loader, diffusers.ModelMixin)):

@@ -70,12 +70,13 @@ def record_of(module: nn.Module) -> list[Entry]:
 
 
 def _from_config(module: Any) -> list[Entry]:
+    from vislr.classifier_folders import plans_in
     from vislr.core.quantizing import parameter_count
     from vislr.models import KEY, read_entry
 
-    config = module.config if hasattr(module, "register_to_config") else {}
+    plans = module.config.get(KEY) if hasattr(module, "register_to_config") else plans_in(module)
     entries = []
-    for stored in config.get(KEY) or ():
+    for stored in plans or ():
         kind, name, plan = read_entry(stored)
         change = {"kind": kind.name, "plan": plan.to_dict()}
         total, count = getattr(plan, "total", None), parameter_count(module)

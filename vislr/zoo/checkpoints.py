@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vislr.core.errors import ModelError, hint
+from vislr.core.files import read_json
 from vislr.core.hashing import content_hash
 
 if TYPE_CHECKING:
@@ -95,10 +96,18 @@ def classifier(name: str) -> Any:
     """
     import timm
 
-    names = sorted(file.parent.name for file in WEIGHTS.glob("*/config.json") if "architecture" in file.read_text())
+    from vislr.classifier_folders import note
+
+    names = classifier_names()
     if name not in names:
         raise ModelError(f"no embedded classifier is called '{name}'{hint(name, names)}")
-    return timm.create_model(f"local-dir:{WEIGHTS / name}", pretrained=True).eval()
+    model = timm.create_model(f"local-dir:{WEIGHTS / name}", pretrained=True).eval()
+    return note(model, read_json(WEIGHTS / name / "config.json"))
+
+
+def classifier_names() -> list[str]:
+    """Names of the embedded classifiers."""
+    return sorted(file.parent.name for file in WEIGHTS.glob("*/config.json") if "architecture" in file.read_text())
 
 
 def cards() -> dict[str, dict[str, Any]]:
