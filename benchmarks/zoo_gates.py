@@ -131,9 +131,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--sheets", type=Path, default=Path("docs/images"))
+    parser.add_argument("--name", help="of the record; default: PIPELINE-gates")
     a = parser.parse_args()
+    a.name = a.name or f"{a.pipeline}-gates"
+    a.sheets.mkdir(parents=True, exist_ok=True)
     if a.pipeline == "emoji-net":
-        return write(a.pipeline, judge_figures(emoji_net(), a.count))
+        return write(a, judge_figures(emoji_net(), a.count))
     pipe = assemble(a.training, a.pipeline) if a.training else zoo.pipeline(a.pipeline)
     judge, net = emoji_net(), measure.feature_net()
     figures: dict[str, Measurement] = {}
@@ -166,15 +169,15 @@ def main() -> None:
     if a.training:
         state = json.loads((a.training / f"{a.pipeline.removeprefix('emoji-')}-state" / "state.json").read_text())
     loss_curve(state["losses"], a.sheets / f"{a.pipeline}-loss.png")
-    write(a.pipeline, figures)
+    write(a, figures)
 
 
-def write(name: str, figures: dict[str, Measurement]) -> None:
+def write(a: argparse.Namespace, figures: dict[str, Measurement]) -> None:
     """The record."""
     log = "\n".join(f"{key}: {figure}" for key, figure in figures.items()) + "\n"
     print(log, end="")
-    command = f"python benchmarks/zoo_gates.py {name}"
-    print(measure.write_record(f"{name}-gates", figures, log=log, command=command, seed=0))
+    command = f"python benchmarks/zoo_gates.py {a.pipeline}"
+    print(measure.write_record(a.name, figures, log=log, command=command, seed=0))
 
 
 if __name__ == "__main__":
