@@ -59,11 +59,11 @@ def _load(folder: Path, options: dict[str, Any], stock: Any) -> DiffusionPipelin
     if json.loads((folder / "model_index.json").read_text())["_class_name"] == "StableDiffusion3Pipeline":
         # Stock diffusers takes components that a folder lacks only when they are named.
         options = {"text_encoder_3": None, "tokenizer_3": None, **options}
-        return _sixteen_tokens().from_pretrained(str(folder), local_files_only=True, **options)
+        return sixteen_tokens().from_pretrained(str(folder), local_files_only=True, **options)
     return stock.from_pretrained(str(folder), local_files_only=True, **options)
 
 
-def _sixteen_tokens() -> Any:
+def sixteen_tokens() -> Any:
     """StableDiffusion3Pipeline whose `max_sequence_length` is 16 unless given.
 
     The absent T5 becomes that many zero tokens; the embedded model was trained with 16, stock diffusers

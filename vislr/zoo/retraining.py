@@ -344,8 +344,10 @@ def assemble(out: Path, name: str, weights: bool = True) -> Any:
         name: "emoji-unet" or "emoji-mmdit".
         weights: put the trained weights into the denoiser.
     """
-    from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
+    from diffusers import AutoencoderKL, StableDiffusionPipeline
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    from vislr.zoo.checkpoints import sixteen_tokens
 
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
     vae = AutoencoderKL.from_pretrained(out / "vae")
@@ -365,7 +367,7 @@ def assemble(out: Path, name: str, weights: bool = True) -> Any:
             requires_safety_checker=False,
         )  # fmt: skip
     text = CLIPTextModelWithProjection.from_pretrained(out / "text_encoder")
-    return StableDiffusion3Pipeline(
+    return sixteen_tokens()(
         vae=vae, text_encoder=text, text_encoder_2=text, text_encoder_3=None, tokenizer=tokenizer,
         tokenizer_2=tokenizer, tokenizer_3=None, transformer=denoiser, scheduler=architectures.mmdit_scheduler(),
     )  # fmt: skip
