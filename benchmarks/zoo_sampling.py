@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--noise-levels", action="store_true", help="from the true pictures, noised, instead of noise")
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--batch", type=int, default=25)
+    parser.add_argument("--name", help="of the record; default: PIPELINE-sampling or -noise-levels")
     a = parser.parse_args()
     pipe = assemble(a.training, a.pipeline) if a.training else zoo.pipeline(a.pipeline)
     net = measure.feature_net()
@@ -100,7 +101,7 @@ def main() -> None:
     command += " --noise-levels" if a.noise_levels else ""
     name = f"{a.pipeline}-{'noise-levels' if a.noise_levels else 'sampling'}"
     name += f"-{pipe_steps(a)}-steps" if a.training else ""
-    print(measure.write_record(name, figures, log=log, command=command, seed=1000))
+    print(measure.write_record(a.name or name, figures, log=log, command=command, seed=1000))
 
 
 def pipe_steps(a: argparse.Namespace) -> int:
