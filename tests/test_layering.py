@@ -15,7 +15,7 @@ FLOORS = (
     ("adapters", "prune", "tokens", "quantize", "cache"),
     ("formats", "compose", "train"),
     ("models",),
-    ("record",),
+    ("record", "classifier_folders"),
     ("recipe",),
     ("folders",),
     ("exporting", "replaying"),

@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vislr import models
-from vislr.core.errors import FormatError, ModelError, hint
+from vislr.core.errors import FormatError, ModelError, VislrError, hint
 from vislr.core.files import write_json, write_tensors
+from vislr.core.made_with import made_with, note_made_with
 
 if TYPE_CHECKING:
     from torch import nn
 
 WEIGHTS = "model.safetensors"
-# Where a loaded model keeps its arguments and plans.
-_NOTED = "_vislr_classifier"
 # Of timm's `pretrained_cfg`: where other weights come from.
 _PLACES = ("architecture", "file", "url", "hf_hub_id", "source")
 
@@ -33,11 +32,6 @@ def is_timm(module: Any) -> bool:
 def is_folder_of_timm(config: dict[str, Any]) -> bool:
     """Whether a `config.json` is one of timm."""
     return isinstance(config.get("architecture"), str)
-
-
-def plans_in(module: Any) -> list[dict[str, Any]]:
-    """The structural plans that a model was loaded with."""
-    return list(_noted(module).get(models.KEY, ()))
 
 
 def write(module: nn.Module, state: dict[str, Any], entries: list[dict[str, Any]], folder: Path) -> None:
@@ -84,27 +78,12 @@ def read(folder: Path, config: dict[str, Any]) -> nn.Module:
     except RuntimeError as error:
         raise FormatError(f"the weights in '{folder}' do not fit their config: {str(error)[:300]}") from error
     model.pretrained_cfg = {**dict(config.get("pretrained_cfg") or {}), "architecture": config["architecture"]}
-    note(model, config)
+    note_made_with(model, config["architecture"], config.get("model_args") or {}, entries)
     return model.eval()
 
 
-def note(model: Any, config: dict[str, Any]) -> Any:
-    """Remember with which arguments, and plans, a model was made."""
-    # Not through nn.Module.__setattr__: it is no part of the state.
-    model.__dict__[_NOTED] = {
-        "architecture": config["architecture"], "model_args": config.get("model_args") or {},
-        models.KEY: config.get(models.KEY) or [],
-    }  # fmt: skip
-    return model
-
-
-def _noted(module: Any) -> dict[str, Any]:
-    # A copy on the meta device has None there.
-    return module.__dict__.get(_NOTED) or {}
-
-
 def _architecture(module: Any) -> str:
-    noted = _noted(module).get("architecture")
+    noted = made_with(module).get("architecture")
     cfg = dict(getattr(module, "pretrained_cfg", None) or {})
     return str(noted or cfg.get("architecture") or "")
 
@@ -151,18 +130,22 @@ def _arguments(module: Any, state: dict[str, Any], entries: list[dict[str, Any]]
     """What the model was made with, beside its classes: noted, or tried until the shapes are those of the model."""
     import torch
 
-    name, noted = _architecture(module), _noted(module).get("model_args")
+    name, noted = _architecture(module), made_with(module).get("model_args")
     side = getattr(getattr(module, "patch_embed", None), "img_size", None)
     guesses: list[dict[str, Any]] = [{}, {"img_size": list(side)}] if side is not None else [{}]
     wanted = {key: tuple(value.shape) for key, value in state.items()}
     for arguments in guesses if noted is None else [noted]:
         config = {"architecture": name, "model_args": arguments, "num_classes": int(getattr(module, "num_classes", 0))}
-        with torch.device("meta"):
-            made = _build(config, name)
-            models.replay(made, entries)
+        try:
+            with torch.device("meta"):
+                made = _build(config, name)
+                models.replay(made, entries)
+        except VislrError:
+            # A plan that does not fit is of a model made otherwise.
+            continue
         if {key: tuple(value.shape) for key, value in made.state_dict().items()} == wanted:
             return arguments
     raise ModelError(
-        f"this model is no plain '{name}' of timm: load it with vislr.load from a folder that says its model_args, and "
-        "save it then"
+        f"this model is no plain '{name}' of timm, and its arguments are not known: load it with vislr.load from a "
+        "folder that says its model_args; or keep its weights and plans (recipe_of), and adapters with save_adapter"
     )

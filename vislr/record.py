@@ -70,11 +70,11 @@ def record_of(module: nn.Module) -> list[Entry]:
 
 
 def _from_config(module: Any) -> list[Entry]:
-    from vislr.classifier_folders import plans_in
+    from vislr.core.made_with import made_with
     from vislr.core.quantizing import parameter_count
     from vislr.models import KEY, read_entry
 
-    plans = module.config.get(KEY) if hasattr(module, "register_to_config") else plans_in(module)
+    plans = module.config.get(KEY) if hasattr(module, "register_to_config") else made_with(module).get("plans")
     entries = []
     for stored in plans or ():
         kind, name, plan = read_entry(stored)

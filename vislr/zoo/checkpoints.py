@@ -96,13 +96,14 @@ def classifier(name: str) -> Any:
     """
     import timm
 
-    from vislr.classifier_folders import note
+    from vislr.core.made_with import note_made_with
 
     names = classifier_names()
     if name not in names:
         raise ModelError(f"no embedded classifier is called '{name}'{hint(name, names)}")
     model = timm.create_model(f"local-dir:{WEIGHTS / name}", pretrained=True).eval()
-    return note(model, read_json(WEIGHTS / name / "config.json"))
+    config = read_json(WEIGHTS / name / "config.json")
+    return note_made_with(model, config["architecture"], config.get("model_args") or {})
 
 
 def classifier_names() -> list[str]:
