@@ -65,8 +65,13 @@ def read(folder: Path, config: dict[str, Any]) -> nn.Module:
         ModelError: timm has no such model, or not with these arguments.
         FormatError: a plan is edited or unknown, or the weights do not fit.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if not all(isinstance(config.get(key, {}), dict) for key in ("model_args", "pretrained_cfg")):
+        raise FormatError(
+            f"'{folder}/config.json' is no config of timm: model_args and pretrained_cfg are objects there"
+        )
     model: Any = _build(config, str(folder))
     entries = config.get(models.KEY) or []
     models.replay(model, entries)
@@ -75,7 +80,7 @@ def read(folder: Path, config: dict[str, Any]) -> nn.Module:
         raise FormatError(f"'{folder}' has no {WEIGHTS}")
     try:
         model.load_state_dict(load_file(file), strict=True)
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         raise FormatError(f"the weights in '{folder}' do not fit their config: {str(error)[:300]}") from error
     model.pretrained_cfg = {**dict(config.get("pretrained_cfg") or {}), "architecture": config["architecture"]}
     note_made_with(model, config["architecture"], config.get("model_args") or {}, entries)
@@ -97,13 +102,13 @@ def _plain(value: Any) -> bool:
 def _build(config: dict[str, Any], where: str) -> nn.Module:
     import timm
 
-    name, arguments = str(config["architecture"]), config.get("model_args") or {}
+    name, arguments = str(config["architecture"]), config.get("model_args", {})
     if not timm.is_model(name):
         raise ModelError(f"'{where}' holds a '{name}', which timm does not know{hint(name, timm.list_models())}")
     options = {"num_classes": config.get("num_classes", 1000)}
     # Only what the class itself takes: others fetch or read files.
     known = set(_signature(name))
-    for key, value in dict(arguments).items():
+    for key, value in arguments.items():
         if key not in known or not _plain(value):
             raise ModelError(
                 f"'{where}' gives '{name}' the argument '{key}'{hint(str(key), known)}, which it does not take"

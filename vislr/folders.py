@@ -36,6 +36,7 @@ from vislr.record import (
     put_on,
     record_of,
     restore,
+    structure_of,
 )
 
 SCHEMA = 1
@@ -89,7 +90,7 @@ def save(target: Any, folder: str | os.PathLike) -> Path:
     kept = {name: weight for name, weight in weights.items() if name not in merged}
     with atomic_path(folder) as temporary:
         if classifier_folders.is_timm(target):
-            classifier_folders.write(target, base_state(module), _structure(module), temporary)
+            classifier_folders.write(target, base_state(module), structure_of(module), temporary)
         elif not weights:
             target.save_pretrained(temporary)
         elif component:
@@ -158,14 +159,6 @@ def _check_structure(target: Any) -> None:
     for name, part in getattr(target, "components", {}).items():
         if models.can_carry(part) and part.config.get(models.KEY):
             target.register_modules(**{name: part})
-
-
-def _structure(module: Any) -> list[dict[str, Any]]:
-    return [
-        models.entry_of(entry.report.kind, entry.report.name, entry.change["plan"])
-        for entry in record_of(module)
-        if entry.structural
-    ]
 
 
 def _run_time_plans(target: Any) -> list[dict[str, Any]]:

@@ -318,16 +318,22 @@ def _check_above(module: nn.Module, kind: registry.Kind) -> None:
         raise ModelError(f"'{composed[-1]}' composes the model's adapters; remove it before they are fused")
 
 
-def mark(target: Any, component: str, module: nn.Module) -> None:
-    """Make class, config and the pipeline's index say which structural plans the module carries."""
+def structure_of(module: nn.Module) -> list[dict[str, Any]]:
+    """The structural plans that the module carries, as configs hold them."""
     from vislr import models
 
-    entries = [
+    return [
         models.entry_of(entry.report.kind, entry.report.name, entry.change["plan"])
         for entry in record_of(module)
         if entry.structural
     ]
-    models.mark(module, entries)
+
+
+def mark(target: Any, component: str, module: nn.Module) -> None:
+    """Make class, config and the pipeline's index say which structural plans the module carries."""
+    from vislr import models
+
+    models.mark(module, structure_of(module))
     if component and hasattr(target, "register_modules"):
         target.register_modules(**{component: module})
 

@@ -131,6 +131,7 @@ def test_the_structure_is_undone_in_memory_and_saved_as_it_then_is(tmp_path):
         (lambda c: c["model_args"].update(embed_dim=96), ModelError, "the plan is for another VisionTransformer"),
         (lambda c: c["vislr"][0]["plan"].update(removed=[]), FormatError, "was edited"),
         (lambda c: c.pop("vislr"), FormatError, "do not fit their config"),
+        (lambda c: c.update(model_args=["depth"]), FormatError, "is no config of timm"),
     ],
 )
 def test_edited_folders_are_refused_by_name(edit, error, message, tmp_path):
@@ -140,6 +141,17 @@ def test_edited_folders_are_refused_by_name(edit, error, message, tmp_path):
     edit(config)
     path.write_text(json.dumps(config))
     with pytest.raises(error, match=message):
+        vislr.load(tmp_path / "folder")
+
+
+def test_damaged_weights_are_refused_by_name(tmp_path):
+    vislr.save(vit(), tmp_path / "folder")
+    weights = tmp_path / "folder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(FormatError, match="do not fit their config"):
+        vislr.load(tmp_path / "folder")
+    weights.unlink()
+    with pytest.raises(FormatError, match=r"has no model\.safetensors"):
         vislr.load(tmp_path / "folder")
 
 
