@@ -139,8 +139,8 @@ def _below(threshold: float, own: dict[str, Any], base: str) -> dict[str, int]:
     from safetensors import safe_open
 
     folder = None if base.startswith("timm/") else config_folder(base)
-    places = [folder / name for name in ("unet", "transformer")] if folder else []
-    files = [file for place in places for file in sorted(place.glob("*.safetensors"))]
+    parts = [folder / name for name in ("unet", "transformer")] if folder else []
+    files = [file for part in parts for file in sorted(part.glob("*.safetensors"))]
     # A variant in half precision may lie beside the weights.
     files = [file for file in files if file.name.count(".") == 1] or files
     if not files:
