@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from adapted_style import draw
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from vislr import measure, zoo
 from vislr.measure.measurement import Measurement, bootstrap_interval, proportion_interval
@@ -111,6 +111,20 @@ def sheet(rows: list[list[Any]]) -> Image.Image:
     return made.quantize(256).resize((made.width * 2, made.height * 2), Image.Resampling.NEAREST)
 
 
+def category_sheet(shown: dict[str, tuple[list[Any], list[Any]]]) -> Image.Image:
+    """Of one category: for each style the true pictures above what was drawn, labelled."""
+    margin, columns = 16, max(len(known) for known, _ in shown.values())
+    made = Image.new("RGB", (64 * columns, (128 + margin) * len(shown)), "white")
+    write = ImageDraw.Draw(made)
+    for band, (style, (known, drawn)) in enumerate(shown.items()):
+        top = band * (128 + margin)
+        write.text((2, top + 2), f"{style}: true above, drawn below", fill="black")
+        for x, (one, other) in enumerate(zip(known, drawn, strict=True)):
+            made.paste(_Held(one).image(), (64 * x, top + margin))
+            made.paste(_Held(other).image(), (64 * x, top + margin + 64))
+    return made.quantize(256)
+
+
 def loss_curve(losses: list[list[float]], path: Path) -> None:
     """Training loss against steps, as a picture."""
     from matplotlib.figure import Figure
@@ -131,6 +145,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--sheets", type=Path, default=Path("docs/images"))
+    parser.add_argument("--columns", type=int, default=14, help="most pictures in a row of a category's sheet")
     parser.add_argument("--name", help="of the record; default: PIPELINE-gates")
     a = parser.parse_args()
     a.name = a.name or f"{a.pipeline}-gates"
@@ -140,6 +155,7 @@ def main() -> None:
     pipe = assemble(a.training, a.pipeline) if a.training else zoo.pipeline(a.pipeline)
     judge, net = emoji_net(), measure.feature_net()
     figures: dict[str, Measurement] = {}
+    by_category: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {}
     for style in BASE_STYLES:
         known = zoo.images(style=style, split="train")
         chosen = known[:: max(1, len(known) // a.count)][: a.count]
@@ -159,6 +175,13 @@ def main() -> None:
             distance = torch.cdist(features.values, training.values).min(1).values.numpy()
             figures[f"nearest training picture {style}{source}"] = nearest(distance)
         sheet([[*chosen[::9]], [*drawn[::9]]]).save(a.sheets / f"{a.pipeline}-{style}.png")
+        for category in sorted({p.category for p in chosen}):
+            own = [n for n, p in enumerate(chosen) if p.category == category]
+            own = own[:: -(-len(own) // a.columns)]  # spread over the category, which is in the order of its groups
+            pair = [chosen[n] for n in own], [drawn[n] for n in own]
+            by_category.setdefault(category, {})[style] = pair
+    for category, shown in by_category.items():
+        category_sheet(shown).save(a.sheets / f"{a.pipeline}-{category}.png", optimize=True)
     scenes = zoo.scenes(a.scenes, start=10**6, seed=7, split="train")
     scenes = [s for s in scenes if s.style in BASE_STYLES]
     drawn = draw(pipe, [s.caption for s in scenes], a.steps, a.guidance)

@@ -90,9 +90,6 @@ def on_meta(
     adapter = config.adapter
     if adapter.kind == "sara" and adapter.text_encoders:
         raise ConfigError("sara on text encoders cannot be estimated; estimate the denoiser alone")
-    if adapter.kind in ("loha", "lokr"):
-        # peft's layers of these kinds read values on the way, which models without weights have not.
-        raise ConfigError(f"{adapter.kind} cannot be traced without weights; estimate lora of as many parameters")
     if is_classifier(config.model.base):
         with torch.device("meta"):
             model, head = load_classifier(config.model.base, 1000, pretrained=False, size=config.data.size)

@@ -15,8 +15,8 @@ from vislr.core.errors import ConfigError, ModelError
 from vislr.pipelines import estimate
 from vislr.pipelines.training_setup import attach
 from vislr.train import AdapterSection, DataConfig, ModelConfig, OptimConfig, OutputConfig, TrainConfig
-from vislr.train.estimates import estimate_run
-from vislr.train.memory_trace import trace_forward, trace_step
+from vislr.train.estimates import _call, estimate_run
+from vislr.train.memory_trace import _live, trace_forward, trace_step
 
 GIVEN = ["--data.folder", "pictures", "--output.folder", "out", "--device", "cpu", "--timed", "false"]
 
@@ -80,7 +80,6 @@ def test_what_does_not_fit_gets_advice_and_exit_code_1(sd_folder, capsys):
             ConfigError,
             "the weights of 'timm/resnet10t' are not here to compare with adapter.threshold",
         ),
-        (["--adapter.kind", "lokr"], ConfigError, "lokr cannot be traced without weights; estimate lora"),
         (["--device", "gpu"], ConfigError, "device 'gpu' is none that torch knows"),
         (["--adapter.text_encoders", "text_encoder_3"], ConfigError, "a StableDiffusionPipeline has none"),
     ],
@@ -97,6 +96,24 @@ def test_dora_counts_its_magnitudes(sd_folder, capsys):
     unet = tiny.tiny_sd_pipeline().unet
     rows = sum(m.weight.shape[0] for m in unet.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d))
     assert 0 < trainable("dora") - trainable("lora") <= rows
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_products_of_peft_are_traced_as_they_train(sd_folder, capsys, kind):
+    argv = ["--model.base", str(sd_folder), "--adapter.kind", kind, "--adapter.r", "2", "--timed", "true"]
+    found = said(capsys, *argv)[1]
+    config = TrainConfig(
+        data=DataConfig(folder="x"), output=OutputConfig(folder="y"), adapter=AdapterSection(kind=kind, r=2)
+    )
+    pipe = tiny.tiny_sd_pipeline()
+    assert found["trainable"] == attach(config, pipe)[0].trainable
+    assert found["step_seconds"] > 0
+    # The same counting on tensors with values, in training mode.
+    side = pipe.unet.config.sample_size
+    live = _live(pipe.unet.train())
+    with live:
+        _call(pipe.unet, config, {"height": side, "width": side})(torch.clone).backward()
+    assert found["parts"]["activations, gradients"] == pytest.approx(live.trace.peak, rel=0.02)
 
 
 @pytest.mark.parametrize("how", [("fraction", "0.1"), ("threshold", "0.02"), ("count", "1000")], ids=lambda how: how[0])

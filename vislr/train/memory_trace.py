@@ -90,6 +90,9 @@ def fake(model: nn.Module, device: torch.device) -> Iterator[FakeTensorMode]:
     known: dict[int, Any] = {}
     with mode:
         for module in model.modules():
+            if hasattr(module, "module_dropout"):
+                # In training peft's LoHa and LoKr look at a number that they draw, also for a dropout of 0.
+                module.training = False
             for store in (module._parameters, module._buffers):
                 for name, value in list(store.items()):
                     if value is None:
