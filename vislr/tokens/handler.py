@@ -18,6 +18,7 @@ from vislr.core.registry import Attached
 from vislr.tokens.hooks import OWNER, BlockHook, GridHook, PartHook, Work
 from vislr.tokens.layout import Layout, beside_caches, token_layout
 from vislr.tokens.plan import EARLY, LATE, Span, TokenPlan
+from vislr.tokens.processors import switch_back, switch_to_torch
 from vislr.tokens.routes import Kept, Route
 
 HOOK_NAME = "vislr_tokens"
@@ -32,12 +33,14 @@ class Applied:
         hooked: names of the modules that carry a hook.
         routes: every span of every phase.
         context: the denoiser's step state.
+        switched: attentions whose processor is torch's while the plan is on: (attention, before, now).
     """
 
     plan: TokenPlan
     hooked: tuple[str, ...]
     routes: tuple[Route, ...]
     context: StepContext
+    switched: list[tuple[nn.Module, Any, Any]]
 
 
 class _Schedule:
@@ -158,7 +161,8 @@ def put_hooks(module: Any, plan: TokenPlan) -> tuple[str, ...]:
     hooks = _hooks(plan, layout, context, routes)
     for target, hook in hooks.items():
         put_on(module.get_submodule(target), hook, HOOK_NAME)
-    hooks[""].applied = Applied(plan, tuple(hooks), tuple(routes), context)
+    switched = switch_to_torch([module.get_submodule(block) for block in looked_into(plan, layout)])
+    hooks[""].applied = Applied(plan, tuple(hooks), tuple(routes), context, switched)
     if plan.boundary is not None or plan.recovery == "cached":
         context.schedules[OWNER] = _Schedule(plan.boundary, routes)
     return tuple(hooks)
@@ -166,6 +170,9 @@ def put_hooks(module: Any, plan: TokenPlan) -> tuple[str, ...]:
 
 def take_hooks(module: nn.Module, hooked: tuple[str, ...]) -> None:
     """Take off what `put_hooks` put on."""
+    found = applied(module)
+    if found is not None:
+        switch_back(found.switched)
     for target in hooked:
         take_off(module.get_submodule(target), HOOK_NAME)
     remove_step_context(module, OWNER)
@@ -254,6 +261,15 @@ def _inside(span: Span, layout: Layout) -> tuple[str, ...]:
     start = blocks.index(span.cuts[0].after)
     end = len(blocks) - 1 if span.until is None else blocks.index(span.until)
     return blocks[start : end + 1]
+
+
+def looked_into(plan: TokenPlan, layout: Layout) -> list[str]:
+    """Blocks whose attention is looked at as it is computed: those that rank, and FLUX's with their own positions."""
+    found: dict[str, None] = {}
+    for span in (*plan.early, *plan.late):
+        ranking = [] if plan.criterion == "tome" else [cut.after for cut in span.cuts]
+        found |= dict.fromkeys(_touched(span, layout) if layout.family == "flux" else ranking)
+    return list(found)
 
 
 def _touched(span: Span, layout: Layout) -> list[str]:

@@ -66,7 +66,7 @@ class Work:
             if goal is not None and not merging and route.chosen is None:
                 raise ModelError(
                     f"the attention of '{self.block}' does not run through scaled_dot_product_attention, so it cannot "
-                    "be ranked by; set torch's attention processor there"
+                    "be ranked by; set its processor before the token plan, which then takes torch's there"
                 )
         else:
             output = forward(*args, **kwargs)
