@@ -137,3 +137,39 @@ def test_what_cannot_be_fused():
     vislr.remove(pipe, report)
     vislr.fuse(pipe)
     assert not inject.adapter_names(pipe.unet)
+
+
+def test_adapters_that_were_off_are_off_after_a_replay(tmp_path):
+    vislr.save(PIPELINES["sd"](), tmp_path / "base")
+    pipe, _ = adapted("sd", "convlora")
+    on = picture(pipe)
+    vislr.set_adapters(pipe, [])
+    off = picture(pipe)
+    assert not torch.equal(on, off)
+    vislr.save(pipe, tmp_path / "kept")
+    again, _ = replaying.replay(tmp_path / "kept", tmp_path / "base")
+    assert inject.active_adapters(again.unet) == inject.active_adapters(vislr.load(tmp_path / "kept").unet) == {}
+    assert torch.equal(picture(again), off)
+
+
+def test_two_adapters_with_statistics_are_saved_loaded_and_replayed(tmp_path):
+    def fresh():
+        return tiny.tiny_conv_net()
+
+    net, x = fresh(), torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    vislr.save(net, tmp_path / "base")
+    for number, name in enumerate(("dusk", "dawn")):
+        vislr.set_adapters(net, [])
+        vislr.apply(net, vislr.AdaBnConfig(), name=name)
+        vislr.adapt_statistics(net, [x * (number + 1)], name=name)
+    vislr.set_adapters(net, "dusk")
+    wanted = net(x)
+    vislr.save(net, tmp_path / "both")
+    again, _ = replaying.replay(tmp_path / "both", tmp_path / "base")
+    for found in (vislr.load(tmp_path / "both"), again):
+        assert inject.adapter_names(found) == ["dusk", "dawn"]
+        assert torch.equal(found(x), wanted)
+        vislr.set_adapters(found, "dawn")
+        assert not torch.equal(found(x), wanted)
+    vislr.set_adapters(net, "dawn")
+    assert torch.equal(found(x), net(x))

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import tiny
 import torch
 from diffusers import DiffusionPipeline
@@ -241,7 +242,7 @@ def test_bad_input_is_named_and_leaves_the_model_alone(tmp_path):
         vislr.save(pipe, tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
     with pytest.raises(ModelError, match="save_adapter"):
-        vislr.save(tiny.tiny_vit(), tmp_path / "vit")
+        vislr.save(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2), tmp_path / "vit")
 
 
 @pytest.mark.parametrize(

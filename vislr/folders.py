@@ -205,6 +205,7 @@ def load(source: str | os.PathLike, *, any_base: bool = False, **options: Any) -
     accept = any_base or bool(record["merged"])
     for name, stored in record["adapters"].items():
         known = _report_of(record, name)
+        inject.rest_carriers(component_of(target)[1])
         read_onto(target, folder / stored["file"], name, stored["weight"], any_base=accept, known=known)
     if record["adapters"]:
         on = {name: stored["weight"] for name, stored in record["adapters"].items() if stored["active"]}

@@ -104,6 +104,8 @@ def replay(
     steps = record["steps"]
     if not 0 <= leave_out <= len(steps):
         raise UndoError(f"the recipe of '{folder}' has {len(steps)} steps; cannot leave out {leave_out}")
+    from vislr.adapters import inject
+
     target = load(base)
     if component_of(target)[1].__class__.__name__ != record["class"]:
         raise ModelError(
@@ -124,12 +126,14 @@ def replay(
         elif place in fused:
             later = steps[fused[place]]
             weight = later["change"]["adapters"][name]
+            inject.rest_carriers(component_of(target)[1])
             load_adapter(target, folder / later["files"][name], name=name, weight=weight, any_base=any_base)
         elif name in record["adapters"]:
             stored = record["adapters"][name]
             # Its file was written on what later steps made of the weights.
             later_steps = steps[place + 1 :]
             accept = any_base or any(registry.get_kind(one["report"]["kind"]).structural for one in later_steps)
+            inject.rest_carriers(component_of(target)[1])
             load_adapter(target, folder / stored["file"], name=name, weight=stored["weight"], any_base=accept)
         else:
             raise UndoError(f"the adapter '{name}' was fused into the weights of '{folder}'; its own file is not kept")
@@ -137,7 +141,7 @@ def replay(
         checked = True
     on = {name: one["weight"] for name, one in record["adapters"].items() if one["active"]}
     done = {step["report"]["name"] for step in steps[: len(steps) - leave_out]}
-    if on and done & set(on):
+    if done & record["adapters"].keys():
         set_adapters(target, [name for name in on if name in done], [on[name] for name in on if name in done])
     return target, _notes(target, record, leave_out)
 

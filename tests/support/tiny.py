@@ -199,19 +199,20 @@ def tiny_dit_pipeline(seed: int = 0):
 
 def tiny_vit(classes: int = 3, seed: int = 0):
     """timm VisionTransformer, 32 x 32 in patches of 8, 2 blocks at width 32."""
-    import timm
-
-    torch.manual_seed(seed)
-    return timm.create_model(
-        "vit_tiny_patch16_224", img_size=PIXELS, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=classes
-    ).eval()
+    args = {"img_size": PIXELS, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    return _classifier("vit_tiny_patch16_224", args, classes, seed)
 
 
 def tiny_conv_net(classes: int = 3, seed: int = 0):
     """timm ResNet with BatchNorm: basic blocks, widths 8 to 32."""
+    return _classifier("resnet10t", {"stem_width": 8, "channels": [8, 16, 24, 32]}, classes, seed)
+
+
+def _classifier(name: str, args: dict, classes: int, seed: int):
     import timm
 
+    from vislr.core.made_with import note_made_with
+
     torch.manual_seed(seed)
-    return timm.create_model(
-        "resnet10t", stem_width=8, channels=(8, 16, 24, 32), num_classes=classes, pretrained=False
-    ).eval()
+    # A folder of it needs to know what it was made with.
+    return note_made_with(timm.create_model(name, num_classes=classes, **args).eval(), name, args)

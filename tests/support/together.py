@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -288,7 +287,7 @@ def _second(target: Any, family: str, kind: str, alone: torch.Tensor, folder: Pa
         return Outcome(error)
     try:
         made = run(target, family)
-        keep(target, family, folder)
+        vislr.save(target, folder)
         return Outcome(changes=not torch.equal(made, alone), digest=digest(made))
     except Exception as error:
         return Outcome(error)
@@ -297,44 +296,19 @@ def _second(target: Any, family: str, kind: str, alone: torch.Tensor, folder: Pa
             vislr.remove(target, report)
 
 
-# A folder: of a pipeline by `vislr.save`; of a classifier, whose library has no folders, its plans and adapters.
-
-
-def keep(target: Any, family: str, folder: Path) -> None:
-    """Write what a new process needs."""
-    if family in DENOISERS:
-        vislr.save(target, folder)
-        return
-    folder.mkdir(parents=True)
-    names = inject.adapter_names(target)
-    for name in names:
-        vislr.save_adapter(target, folder / f"{name}.safetensors", name=name)
-    plans = [step for step in recipe_of(target) if "plan" in step["change"]]
-    stored = {"plans": plans, "names": names, "on": inject.active_adapters(target), "family": family}
-    (folder / "steps.json").write_text(json.dumps(stored))
+CLASSES = {
+    "UNet2DConditionModel": "unet", "SD3Transformer2DModel": "sd3", "FluxTransformer2DModel": "flux",
+    "VisionTransformer": "vit", "ResNet": "conv",
+}  # fmt: skip
 
 
 def restore(folder: Path) -> tuple[Any, str]:
-    """(model, family) of what `keep` wrote."""
-    from vislr.core import registry
-
-    if not (folder / "steps.json").is_file():
-        target = vislr.load(folder)
+    """(model, family) of a folder of `vislr.save`."""
+    target = vislr.load(folder)
+    family = CLASSES[type(denoiser_of(target)[1]).__name__]
+    if family in DENOISERS:
         target.set_progress_bar_config(disable=True)
-        component = type(denoiser_of(target)[1]).__name__
-        return target, {"UNet2DConditionModel": "unet", "SD3Transformer2DModel": "sd3"}.get(component, "flux")
-    stored = json.loads((folder / "steps.json").read_text())
-    target = build(stored["family"])
-    for step in sorted(stored["plans"], key=lambda step: step["report"]["kind"] not in ("layers", "quant")):
-        kind = registry.get_kind(step["report"]["kind"])
-        plan: Any = registry.load(kind.config)
-        vislr.apply(target, plan.from_dict(step["change"]["plan"]), name=step["report"]["name"])
-    for name in stored["names"]:
-        vislr.set_adapters(target, [])  # statistics of one adapter at a time
-        vislr.load_adapter(target, folder / f"{name}.safetensors", name=name)
-    if stored["names"]:
-        vislr.set_adapters(target, list(stored["on"]), list(stored["on"].values()))
-    return target, stored["family"]
+    return target, family
 
 
 def digests(folders: list[Path]) -> Iterator[tuple[str, str]]:

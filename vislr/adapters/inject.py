@@ -104,6 +104,14 @@ def carriers(module: nn.Module) -> list[str]:
     return [name for name in adapter_names(module) if name in found]
 
 
+def rest_carriers(module: nn.Module) -> None:
+    """Switch off adapters with BatchNorm statistics, so that another may come on: never two at once."""
+    held, active = set(carriers(module)), active_adapters(module)
+    if held & active.keys():
+        rest = {name: weight for name, weight in active.items() if name not in held}
+        set_adapters(module, list(rest), list(rest.values()))
+
+
 def unit_scale(layer: Any, name: str) -> float | None:
     """What this layer multiplies the delta of adapter `name` with at weight 1; None: the kind has no scale."""
     if isinstance(layer, DeltaLayer):
