@@ -181,7 +181,8 @@ def main() -> None:
             pair = [chosen[n] for n in own], [drawn[n] for n in own]
             by_category.setdefault(category, {})[style] = pair
     for category, shown in by_category.items():
-        category_sheet(shown).save(a.sheets / f"{a.pipeline}-{category}.png", optimize=True)
+        name = category.split()[0].lower()
+        category_sheet(shown).save(a.sheets / f"{a.pipeline}-{name}.png", optimize=True)
     scenes = zoo.scenes(a.scenes, start=10**6, seed=7, split="train")
     scenes = [s for s in scenes if s.style in BASE_STYLES]
     drawn = draw(pipe, [s.caption for s in scenes], a.steps, a.guidance)
