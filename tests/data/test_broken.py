@@ -189,6 +189,14 @@ def test_the_report_lists_all_and_shows_them(folder, tmp_path):
     assert ((sixth[..., 0] - sixth[..., 1]) > 100).any()
 
 
+def test_captions_without_a_picture_are_noted_and_texts_about_the_folder_are_not(tmp_path):
+    zoo.export(tmp_path, zoo.images(style="noto")[:2])
+    assert (tmp_path / "CREDITS.txt").is_file()
+    (tmp_path / "lost.txt").write_text("noto style, a lost one")
+    problems = check_data(DataConfig(folder=str(tmp_path)), tmp_path / "report", size=32).problems
+    assert [(one.path, one.reason) for one in problems] == [("lost.txt", "is a caption without a picture")]
+
+
 ODD = {
     "cmyk.jpg": lambda p: Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(p, quality=100),
     "sixteen.png": lambda p: Image.fromarray(np.full((8, 8), 25700, np.uint16)).save(p),

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 REPORT, SHEET = "data_report.json", "contact_sheet.png"
 _SHOWN = 60
+# Texts about a folder as a whole: no captions.
+_ABOUT = ("credits", "license", "licence", "notice", "readme")
 _CELL, _TEXT, _FONT, _COLUMNS = 160, 52, 12, 6
 # What stands in for the size of a model that is not known yet.
 _SIZE = 512
@@ -147,6 +149,8 @@ def _orphans(pool: Pool) -> list[Problem]:
             continue
         root = Path(part.store.root).expanduser()
         for path in sorted(root.rglob(f"*{pool.config.caption_suffix}")):
+            if path.stem.lower() in _ABOUT:
+                continue
             if not any(path.with_suffix(end).exists() for suffix in SUFFIXES for end in (suffix, suffix.upper())):
                 name = clean_name(path.relative_to(root).as_posix())
                 notes.append(Problem(name, "is a caption without a picture", False))
