@@ -30,6 +30,7 @@ CASES = {
     "sd15 512": ("sd15", "", 64, 0.4),
 }
 SIDES = {"sdxl 64": 64, "sdxl 32": 32}
+ARMS = ("at-edm", "tome", "tomesd")
 
 
 def real(module: torch.nn.Module, dtype: torch.dtype) -> None:
@@ -103,7 +104,7 @@ def merged(part: Any, keep: float, inputs: dict[str, Any], name: str) -> Callabl
     return run
 
 
-def case(name: str, dtype: torch.dtype, rounds: int) -> dict[str, Measurement]:
+def case(name: str, dtype: torch.dtype, rounds: int, arms: tuple[str, ...]) -> dict[str, Measurement]:
     architecture, path, side, keep = CASES[name]
     unet = skeleton(architecture)
     part = unet.get_submodule(path) if path else unet
@@ -128,6 +129,7 @@ def case(name: str, dtype: torch.dtype, rounds: int) -> dict[str, Measurement]:
         "tome": planned(unet, part, tome, inputs),
         "tomesd": merged(part, merging, inputs, name),
     }
+    calls = {key: run for key, run in calls.items() if key == "dense" or key in arms}
     figures = measure.interleaved(calls, baseline="dense", rounds=rounds, warmup=1, device="cpu")
     found = {}
     for key, figure in figures.items():
@@ -144,15 +146,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--only", nargs="*", choices=tuple(CASES), default=list(CASES))
+    parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS), help="beside the dense model")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--name", default="tokens-cpu")
     a = parser.parse_args()
     figures: dict[str, Measurement] = {}
     for name in a.only:
-        figures |= case(name, getattr(torch, a.dtype), a.rounds)
+        figures |= case(name, getattr(torch, a.dtype), a.rounds, tuple(a.arms))
     log = "".join(f"{name}: {one}\n" for name, one in figures.items())
     only = " ".join(f'"{name}"' for name in a.only)
-    command = f"python benchmarks/tokens_cpu.py --dtype {a.dtype} --only {only} --rounds {a.rounds}"
+    arms = "" if tuple(a.arms) == ARMS else f" --arms {' '.join(a.arms)}"
+    command = f"python benchmarks/tokens_cpu.py --dtype {a.dtype} --only {only} --rounds {a.rounds}{arms}"
     print(measure.write_record(f"{a.name}-{a.dtype}", figures, log=log, command=command, seed=0))
 
 
