@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import tiny
 from demo_files import random_adapter
 from PIL import Image
 
@@ -155,3 +156,29 @@ def test_the_page(served, adapters, tmp_path):
         browser.close()
     for name in ("grid", "narrow", "narrow-grid"):
         assert np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")).std() > 5
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux"])
+def test_another_pipeline_by_its_folder(served, family, tmp_path):
+    """A folder is typed, an adapter of that pipeline is uploaded, three methods make their pictures."""
+    from peft import LoraConfig
+
+    _, address = served
+    pipe = getattr(tiny, f"tiny_{family}_pipeline")()
+    lora = random_adapter(pipe, tmp_path / "style.safetensors", LoraConfig(r=2, target_modules=["to_q"]), 1)
+    vislr.save(pipe, tmp_path / "pipeline")
+    with sync_api.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        with opened(browser, address, viewport={"width": 1300, "height": 900}) as page:
+            box = page.locator("#model input")
+            box.fill(str(tmp_path / "pipeline"))
+            box.press("Enter")
+            page.wait_for_selector("#adapters .note:has-text('pipeline')")
+            upload(page, lora)
+            page.wait_for_selector("#slot-0", state="visible")
+            page.fill("#prompt textarea", "noto style, a cat face")
+            page.click("#generate")
+            page.wait_for_selector("#grid img >> nth=2")
+            page.wait_for_selector("#generate:not([disabled])")
+            assert states(page) == [[name, "done"] for name in ("merge", "switch", "composite")]
+        browser.close()
