@@ -2,10 +2,13 @@
 
     python benchmarks/tokens_cpu.py --dtype float32
     python benchmarks/tokens_cpu.py --dtype bfloat16 --only "sdxl 64" "sdxl 32"
+    python benchmarks/tokens_cpu.py --dtype bfloat16 --only "sd15 512" --convs float32 --rounds 3
 
 Random weights. Times one Transformer2DModel of SDXL at 64 x 64 and at 32 x 32 tokens, and the whole UNet of
 SD 1.5 at 512 pixels, interleaved. tomesd's share of merged tokens is chosen so that its FLOPs are those of the
-AT-EDM plan (or as near as 2 x 2 cells allow). Needs tomesd (`pip install tomesd`). Writes a record.
+AT-EDM plan (or as near as 2 x 2 cells allow). `--convs float32`: on a CPU without bfloat16 instructions torch computes
+such convolutions in scalar loops, a quarter of an hour for SD 1.5, which hides everything else; then they compute in
+float32 between casts, in all arms alike. Needs tomesd (`pip install tomesd`). Writes a record.
 """
 
 from __future__ import annotations
@@ -43,6 +46,15 @@ def real(module: torch.nn.Module, dtype: torch.dtype) -> None:
             parameter.copy_(values)
         else:
             parameter.fill_(float(name.endswith("weight")))
+
+
+def widen_convs(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Let convolutions compute in float32 between casts."""
+    for conv in module.modules():
+        if isinstance(conv, torch.nn.Conv2d):
+            conv.float()
+            conv.register_forward_pre_hook(lambda conv, args: (args[0].float(), *args[1:]))
+            conv.register_forward_hook(lambda conv, args, out: out.to(dtype))
 
 
 def inputs_of(unet: Any, name: str, side: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
@@ -104,8 +116,9 @@ def merged(part: Any, keep: float, inputs: dict[str, Any], name: str) -> Callabl
     return run
 
 
-def case(name: str, dtype: torch.dtype, rounds: int, arms: tuple[str, ...]) -> dict[str, Measurement]:
+def case(name: str, a: argparse.Namespace) -> dict[str, Measurement]:
     architecture, path, side, keep = CASES[name]
+    dtype = getattr(torch, a.dtype)
     unet = skeleton(architecture)
     part = unet.get_submodule(path) if path else unet
     on_meta = inputs_of(unet, name, side, torch.float32, "meta")
@@ -118,6 +131,8 @@ def case(name: str, dtype: torch.dtype, rounds: int, arms: tuple[str, ...]) -> d
     shares["tomesd"] = shares["tome"]
     real(part, dtype)
     inputs = inputs_of(unet, name, side, dtype, "cpu")
+    if a.convs == "float32":
+        widen_convs(part, dtype)
 
     def plain() -> None:
         with torch.no_grad():
@@ -129,11 +144,11 @@ def case(name: str, dtype: torch.dtype, rounds: int, arms: tuple[str, ...]) -> d
         "tome": planned(unet, part, tome, inputs),
         "tomesd": merged(part, merging, inputs, name),
     }
-    calls = {key: run for key, run in calls.items() if key == "dense" or key in arms}
-    figures = measure.interleaved(calls, baseline="dense", rounds=rounds, warmup=1, device="cpu")
+    calls = {key: run for key, run in calls.items() if key == "dense" or key in a.arms}
+    figures = measure.interleaved(calls, baseline="dense", rounds=a.rounds, warmup=1, device="cpu")
     found = {}
     for key, figure in figures.items():
-        about = {"share of the dense FLOPs": shares[key], "dtype": str(dtype).removeprefix("torch.")}
+        about = {"share of the dense FLOPs": shares[key], "dtype": a.dtype, "convs": a.convs}
         about["share of tokens kept"] = {"dense": 1.0, "at-edm": keep}.get(key, merging)
         data = figure.to_dict()
         data["settings"] = {**data["settings"], **about}
@@ -147,16 +162,18 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--only", nargs="*", choices=tuple(CASES), default=list(CASES))
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS), help="beside the dense model")
+    parser.add_argument("--convs", choices=("same", "float32"), default="same", help="what convolutions compute in")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--name", default="tokens-cpu")
     a = parser.parse_args()
     figures: dict[str, Measurement] = {}
     for name in a.only:
-        figures |= case(name, getattr(torch, a.dtype), a.rounds, tuple(a.arms))
+        figures |= case(name, a)
     log = "".join(f"{name}: {one}\n" for name, one in figures.items())
     only = " ".join(f'"{name}"' for name in a.only)
-    arms = "" if tuple(a.arms) == ARMS else f" --arms {' '.join(a.arms)}"
-    command = f"python benchmarks/tokens_cpu.py --dtype {a.dtype} --only {only} --rounds {a.rounds}{arms}"
+    command = f"python benchmarks/tokens_cpu.py --dtype {a.dtype} --only {only} --rounds {a.rounds}"
+    command += "" if tuple(a.arms) == ARMS else f" --arms {' '.join(a.arms)}"
+    command += "" if a.convs == "same" else f" --convs {a.convs}"
     print(measure.write_record(f"{a.name}-{a.dtype}", figures, log=log, command=command, seed=0))
 
 
