@@ -4,6 +4,8 @@ import pytest
 
 from vislr import __version__
 from vislr.cli import VERBS, main
+from vislr.core.arguments import parse_config
+from vislr.pipelines.prune import PruneConfig
 
 
 def test_help_names_every_verb_and_each_has_help(capsys):
@@ -35,6 +37,19 @@ def test_wrong_words_are_one_line_and_exit_code_2(argv, said, capsys):
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "flags", [["--model", "emoji-mmdit"], ["--model=emoji-mmdit"], ["--model.base", "emoji-mmdit"]]
+)
+def test_a_model_is_named_alike_by_every_verb(flags):
+    parsed = parse_config(
+        PruneConfig,
+        [*flags, "--seed", "3", "--output.folder", "x", "--data.folder", "y"],
+        prog="vislr prune",
+        description="",
+    )
+    assert (parsed.model.base, parsed.seed) == ("emoji-mmdit", 3)
 
 
 def test_zoo_lists_counts_and_exports(tmp_path, capsys):

@@ -101,7 +101,8 @@ def _plain_flags(argv: Sequence[str], parser: Any) -> list[str]:
     """Flags as people type them, in the one form that jsonargparse reads.
 
     `--dry-run` for `--dry_run=true`, `--prompts "a cat" "a dog"` (also in several goes) for
-    `--prompts=["a cat", "a dog"]`, and `--config` by name.
+    `--prompts=["a cat", "a dog"]`, `--config` by name, and `--model NAME`, which some verbs have, for the
+    `--model.base=NAME` of the others.
     """
     options = _options(parser)
     plain: list[str] = []
@@ -120,6 +121,8 @@ def _plain_flags(argv: Sequence[str], parser: Any) -> list[str]:
         following = [] if not equals else [value]
         while not equals and i + len(following) < len(argv) and not argv[i + len(following)].startswith("--"):
             following.append(argv[i + len(following)])
+        if f"{name}.base" in options and following and not Path(following[0]).is_file():
+            name = f"{name}.base"
         kind = _type_of(options.get(name))
         if kind == "list":
             i += 0 if equals else len(following)
