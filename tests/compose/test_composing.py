@@ -523,3 +523,27 @@ def test_memory_that_runs_out_makes_adapters_run_one_after_another(sd):
             sd.draw()
     finally:
         handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("method", "graphs"),
+    [("merge", 1), ("ties", 1), ("switch", 2), ("composite", 1), pytest.param("cmlora", 5, marks=pytest.mark.slow)],
+)
+def test_compiled_it_is_a_graph_for_each_kind_of_step_without_breaks(sd, method, graphs):
+    """CMLoRA: for each leader one of steps that refresh and one of those that reuse, and one again for features of
+    another shape: those that a pass of both adapters kept, or a pass of one."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    model = sd.model
+    plan = compose.compose_plan(sd.pipe, ["a", "b"], [0.8, 0.7], method, steps=8)
+    with compose.composed(sd.pipe, plan):
+        eager = sd.draw(steps=8)
+        model.compile(backend=counter, fullgraph=True)
+        try:
+            compiled = sd.draw(steps=8)
+        finally:
+            model._compiled_call_impl = None
+    assert torch.equal(compiled, eager)
+    assert counter.frame_count == graphs

@@ -28,7 +28,8 @@ class Turn:
     @property
     def running(self) -> tuple[int, ...]:
         """The adapters that are evaluated, in the plan's order."""
-        return tuple(sorted((*self.full, *self.cached)))
+        # Not sorted(): torch.compile reads this and does not trace a sort of numbers that it watches.
+        return tuple(place for place in range(len(self.mix)) if place in self.full or place in self.cached)
 
 
 def switch_turns(plan: ComposePlan, total: int) -> list[int]:
