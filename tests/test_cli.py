@@ -40,7 +40,13 @@ def test_wrong_words_are_one_line_and_exit_code_2(argv, said, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--model", "emoji-mmdit"], ["--model=emoji-mmdit"], ["--model.base", "emoji-mmdit"]]
+    "flags",
+    [
+        ["--model", "emoji-mmdit"],
+        ["--model=emoji-mmdit"],
+        ["--model.base", "emoji-mmdit"],
+        ["--model", "{base: emoji-mmdit}"],
+    ],
 )
 def test_a_model_is_named_alike_by_every_verb(flags):
     parsed = parse_config(

@@ -121,7 +121,7 @@ def _plain_flags(argv: Sequence[str], parser: Any) -> list[str]:
         following = [] if not equals else [value]
         while not equals and i + len(following) < len(argv) and not argv[i + len(following)].startswith("--"):
             following.append(argv[i + len(following)])
-        if f"{name}.base" in options and following and not Path(following[0]).is_file():
+        if f"{name}.base" in options and following and not (following[0][:1] == "{" or Path(following[0]).is_file()):
             name = f"{name}.base"
         kind = _type_of(options.get(name))
         if kind == "list":
