@@ -33,7 +33,6 @@ CASES = {
     "sd15 512": ("sd15", "", 64, 0.4),
 }
 SIDES = {"sdxl 64": 64, "sdxl 32": 32}
-ARMS = ("at-edm", "tome", "tomesd")
 
 
 def real(module: torch.nn.Module, dtype: torch.dtype) -> None:
@@ -144,7 +143,6 @@ def case(name: str, a: argparse.Namespace) -> dict[str, Measurement]:
         "tome": planned(unet, part, tome, inputs),
         "tomesd": merged(part, merging, inputs, name),
     }
-    calls = {key: run for key, run in calls.items() if key == "dense" or key in a.arms}
     figures = measure.interleaved(calls, baseline="dense", rounds=a.rounds, warmup=1, device="cpu")
     found = {}
     for key, figure in figures.items():
@@ -161,7 +159,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--only", nargs="*", choices=tuple(CASES), default=list(CASES))
-    parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS), help="beside the dense model")
     parser.add_argument("--convs", choices=("same", "float32"), default="same", help="what convolutions compute in")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--name", default="tokens-cpu")
@@ -172,7 +169,6 @@ def main() -> None:
     log = "".join(f"{name}: {one}\n" for name, one in figures.items())
     only = " ".join(f'"{name}"' for name in a.only)
     command = f"python benchmarks/tokens_cpu.py --dtype {a.dtype} --only {only} --rounds {a.rounds}"
-    command += "" if tuple(a.arms) == ARMS else f" --arms {' '.join(a.arms)}"
     command += "" if a.convs == "same" else f" --convs {a.convs}"
     print(measure.write_record(f"{a.name}-{a.dtype}", figures, log=log, command=command, seed=0))
 

@@ -5,27 +5,18 @@ import threading
 
 import numpy as np
 import pytest
-from PIL import Image
+from demo_files import draw
 
 from vislr.adapters.inject import active_adapters, adapter_names
 from vislr.core.errors import AdapterError, ConfigError, FormatError, VislrError
 from vislr.core.hashing import content_hash
-from vislr.demos.runs import BASE, Wanted, drawing
+from vislr.demos.runs import BASE
 from vislr.demos.session import MOST_ADAPTERS, MOST_PICTURES, Picture
 from vislr.demos.uploads import MOST_LISTED, Taken, label_of, list_adapters, take
 
 
 def taken(path):
     return Taken(label_of(path), path, False)
-
-
-def draw(session, weights, methods=("merge",), **more):
-    """Method -> pixels of its pictures."""
-    wanted = Wanted(methods=tuple(methods), weights=weights, prompt="a red car", steps=2, **more)
-    run = drawing(session, wanted)
-    run.execute()
-    assert [line.state for line in run.lines] == ["done"] * len(run.lines), [line.message for line in run.lines]
-    return {line.method: [np.asarray(Image.open(p.path)) for p in line.pictures] for line in run.lines}
 
 
 def state_of(studio):
