@@ -2,13 +2,12 @@
 
     python benchmarks/tokens_cpu.py --dtype float32
     python benchmarks/tokens_cpu.py --dtype bfloat16 --only "sdxl 64" "sdxl 32"
-    python benchmarks/tokens_cpu.py --dtype bfloat16 --only "sd15 512" --convs float32 --rounds 3
+    python benchmarks/tokens_cpu.py --dtype bfloat16 --only "sd15 512" --rounds 3
 
 Random weights. Times one Transformer2DModel of SDXL at 64 x 64 and at 32 x 32 tokens, and the whole UNet of
 SD 1.5 at 512 pixels, interleaved. tomesd's share of merged tokens is chosen so that its FLOPs are those of the
-AT-EDM plan (or as near as 2 x 2 cells allow). `--convs float32`: on a CPU without bfloat16 instructions torch computes
-such convolutions in scalar loops, a quarter of an hour for SD 1.5, which hides everything else; then they compute in
-float32 between casts, in all arms alike. Needs tomesd (`pip install tomesd`). Writes a record.
+AT-EDM plan (or as near as 2 x 2 cells allow). All arms have channels_last: a CPU without bfloat16 instructions computes
+other bfloat16 convolutions in scalar loops. Needs tomesd (`pip install tomesd`). Writes a record.
 """
 
 from __future__ import annotations
@@ -45,15 +44,6 @@ def real(module: torch.nn.Module, dtype: torch.dtype) -> None:
             parameter.copy_(values)
         else:
             parameter.fill_(float(name.endswith("weight")))
-
-
-def widen_convs(module: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Let convolutions compute in float32 between casts."""
-    for conv in module.modules():
-        if isinstance(conv, torch.nn.Conv2d):
-            conv.float()
-            conv.register_forward_pre_hook(lambda conv, args: (args[0].float(), *args[1:]))
-            conv.register_forward_hook(lambda conv, args, out: out.to(dtype))
 
 
 def inputs_of(unet: Any, name: str, side: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
@@ -130,8 +120,9 @@ def case(name: str, a: argparse.Namespace) -> dict[str, Measurement]:
     shares["tomesd"] = shares["tome"]
     real(part, dtype)
     inputs = inputs_of(unet, name, side, dtype, "cpu")
-    if a.convs == "float32":
-        widen_convs(part, dtype)
+    part.to(memory_format=torch.channels_last)
+    image = next(iter(inputs))
+    inputs[image] = inputs[image].contiguous(memory_format=torch.channels_last)
 
     def plain() -> None:
         with torch.no_grad():
@@ -146,7 +137,7 @@ def case(name: str, a: argparse.Namespace) -> dict[str, Measurement]:
     figures = measure.interleaved(calls, baseline="dense", rounds=a.rounds, warmup=1, device="cpu")
     found = {}
     for key, figure in figures.items():
-        about = {"share of the dense FLOPs": shares[key], "dtype": a.dtype, "convs": a.convs}
+        about = {"share of the dense FLOPs": shares[key], "dtype": a.dtype, "layout": "channels_last"}
         about["share of tokens kept"] = {"dense": 1.0, "at-edm": keep}.get(key, merging)
         data = figure.to_dict()
         data["settings"] = {**data["settings"], **about}
@@ -159,7 +150,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--only", nargs="*", choices=tuple(CASES), default=list(CASES))
-    parser.add_argument("--convs", choices=("same", "float32"), default="same", help="what convolutions compute in")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--name", default="tokens-cpu")
     a = parser.parse_args()
@@ -169,7 +159,6 @@ def main() -> None:
     log = "".join(f"{name}: {one}\n" for name, one in figures.items())
     only = " ".join(f'"{name}"' for name in a.only)
     command = f"python benchmarks/tokens_cpu.py --dtype {a.dtype} --only {only} --rounds {a.rounds}"
-    command += "" if a.convs == "same" else f" --convs {a.convs}"
     print(measure.write_record(f"{a.name}-{a.dtype}", figures, log=log, command=command, seed=0))
 
 
