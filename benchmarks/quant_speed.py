@@ -2,10 +2,12 @@
 
     python benchmarks/quant_speed.py --dtype bfloat16 --compile
     python benchmarks/quant_speed.py --dtype float32 --only sd15-1024 embedded
+    python benchmarks/quant_speed.py --only sd15-step sdxl-step --rounds 2
 
-Linears of SD1.5's and SDXL's shapes with M = 1024 to 8192 rows: W8A8 (dynamic and static), W4A8, W4A16, in every
-way that vislr has here, against the float linear in float32 and in --dtype; and a call of an embedded denoiser,
-each layer in its fastest way. Every shape is a case of its own, kept in the folder and not measured again. Peers
+Linears of SD1.5's and SDXL's shapes with M = 1024 to 8192 rows: W8A8 (dynamic and static), W8A7, W4A8, W4A16, in every
+way that vislr has here, against the float linear in float32 and in --dtype; a step of SD1.5's and SDXL's UNets with
+random weights at 512 pixels, one sample; and a call of an embedded denoiser: each layer in its fastest way, and those
+that would be slower left in --dtype. Every shape is a case of its own, kept in the folder and not measured again. Peers
 that are not installed are named in the log. Writes a record when all cases are there.
 """
 
@@ -19,13 +21,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from prune_latency import built
 from torch import nn
 
 import vislr
 from vislr import measure
+from vislr.anatomy import denoiser_of, sample_inputs
+from vislr.core.errors import ConfigError
 from vislr.core.files import read_json, write_json
 from vislr.measure import Measurement
-from vislr.quantize import Trajectories, choose_ways, ptq_plan, sizes, trajectory_inputs, weight_only_plan
+from vislr.quantize import (
+    Trajectories,
+    choose_ways,
+    ptq_plan,
+    sizes,
+    trajectory_inputs,
+    weight_only_plan,
+    without_slower,
+)
 from vislr.quantize.layers import Spec, quantized
 
 # name -> (rows, inputs, outputs): projections and feed-forwards of a level at 512 and 1024 pixels.
@@ -42,9 +55,12 @@ LINEARS = {
     "text-154": (154, 2048, 1280),
     "time-2": (2, 1280, 1280),
 }
+# name -> architecture
+STEPS = {"sd15-step": "sd15", "sdxl-step": "sdxl"}
 KINDS = {
     "W8A8 dynamic": Spec(8, 8, "dynamic", None, "uniform", True, 0),
     "W8A8 static": Spec(8, 8, "static", None, "uniform", True, 1),
+    "W8A7 static": Spec(8, 7, "static", None, "uniform", True, 1),
     "W4A8 static": Spec(4, 8, "static", None, "uniform", False, 1),
     "W4A16 groups": Spec(4, 16, "none", 64, "uniform", False, 0),
     "W8A16": Spec(8, 16, "none", None, "uniform", True, 0),
@@ -105,7 +121,7 @@ def linear_case(name: str, dtype: torch.dtype, compiled: bool, rounds: int, devi
     for kind, spec in KINDS.items():
         made = quantized(plain, spec, "minmax")
         if spec.entries:
-            made.set_input(torch.tensor(8 / 255), torch.tensor(128.0))
+            made.set_input(torch.tensor(8 / 2**spec.input_bits), torch.tensor(2.0 ** (spec.input_bits - 1)))
         for way in made.ways():
             if way == "kept" or (way == "packed" and dtype == torch.float32 and spec.bits == 8):
                 continue
@@ -124,28 +140,60 @@ def linear_case(name: str, dtype: torch.dtype, compiled: bool, rounds: int, devi
     return {"figures": {key: one.to_dict() for key, one in figures.items()}, "notes": notes}
 
 
-def model_case(name: str, dtype: torch.dtype, compiled: bool, rounds: int, device: str) -> dict[str, Any]:
-    """A call of the denoiser under guidance (two samples), float and quantised with each layer's fastest way."""
+def subject(name: str, dtype: torch.dtype, device: str) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """What is quantised and by what source, the denoiser itself, and inputs of one call."""
+    if name in STEPS:
+        unet = built(STEPS[name], dtype, device)
+        inputs = in_dtype(sample_inputs(unet, {"height": 64, "width": 64}, device=device), dtype)
+        return unet, [inputs], unet, inputs
     pipe = vislr.load(name).to(device)
-    plain = getattr(pipe, "unet", None) or pipe.transformer
     options = {} if hasattr(pipe, "unet") else {"max_sequence_length": 16}
     runs = Trajectories(("",), 1, 1, 4, options=options)
-    inputs = trajectory_inputs(pipe, runs)[0]
-    half = {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() and k != "timestep" else v
-            for k, v in inputs.items()}  # fmt: skip
-    models = {str(dtype).removeprefix("torch."): (copy.deepcopy(plain).to(dtype), half)}
-    if dtype != torch.float32:
+    return pipe, runs, denoiser_of(pipe)[1], trajectory_inputs(pipe, runs)[0]
+
+
+def in_dtype(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        key: value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() and key != "timestep" else value
+        for key, value in inputs.items()
+    }
+
+
+def twin(model: nn.Module, dtype: torch.dtype) -> Any:
+    """A copy in `dtype`; of a model that has it already only structure is copied."""
+    if next(model.parameters()).dtype == dtype:
+        return copy.deepcopy(model, {id(p): p for p in (*model.parameters(), *model.buffers())})
+    return copy.deepcopy(model).to(dtype)
+
+
+def model_case(name: str, dtype: torch.dtype, compiled: bool, rounds: int, device: str, ways: Path) -> dict[str, Any]:
+    """A call of a denoiser, float and quantised, each layer in its fastest way. Embedded ones under guidance."""
+    whole, runs, plain, inputs = subject(name, dtype, device)
+    plain.to(memory_format=torch.channels_last)
+    half = in_dtype(inputs, dtype)
+    models = {str(dtype).removeprefix("torch."): (twin(plain, dtype), half)}
+    if dtype != torch.float32 and name not in STEPS:
         models["float32"] = (plain, inputs)
     notes = []
-    plans = {"W8A8 static": ptq_plan(pipe, 8, 8, source=runs), "W4A16": weight_only_plan(pipe, 4)}
+    plans = {f"W8A{bits} static": ptq_plan(whole, 8, bits, source=runs) for bits in (8, 7)}
+    if name not in STEPS:
+        plans["W4A16"] = weight_only_plan(whole, 4)
     for kind, plan in plans.items():
-        model = copy.deepcopy(plain)
-        vislr.apply(model, plan)
-        model = model.to(dtype)
-        ways = choose_ways(model, half)
-        notes += [f"{name} {kind}: {note}" for note in ways.notes()]
-        notes.append(f"{name} {kind}: {sizes(plain).total / 1e6:.2f} -> {sizes(model).total / 1e6:.2f} MB")
-        models[f"vislr {kind}"] = (model, half)
+        for faster in (False, True):
+            model = twin(plain, dtype)
+            vislr.apply(model, plan)
+            found = choose_ways(model, half, cache=ways, rounds=3, compile=compiled)
+            title = f"{kind}, slower layers left out" if faster else kind
+            notes += [f"{name} {title}: {note}" for note in found.notes()]
+            notes.append(f"{name} {title}: {sizes(plain).total / 1e6:.2f} -> {sizes(model).total / 1e6:.2f} MB")
+            models[f"vislr {title}"] = (model, half)
+            try:
+                plan = without_slower(plan, found)
+            except ConfigError as error:
+                notes.append(f"{name} {kind}: {error}")
+                break
+            if len(plan.layers) == len(found.layers):
+                break
 
     def call(model: Any, kwargs: dict[str, Any]) -> Callable[[], Any]:
         run = torch.compile(model) if compiled else model
@@ -176,9 +224,9 @@ def main() -> None:
     folder = a.folder or Path("runs") / f"quant-speed-{how}"
     dtype = getattr(torch, a.dtype)
     cases = [name for name in a.only if name != "embedded"]
-    unknown = [name for name in cases if name not in LINEARS]
+    unknown = [name for name in cases if name not in LINEARS and name not in STEPS]
     if unknown:
-        parser.error(f"no case '{unknown[0]}'; choose from {', '.join([*LINEARS, 'embedded'])}")
+        parser.error(f"no case '{unknown[0]}'; choose from {', '.join([*LINEARS, *STEPS, 'embedded'])}")
     cases += a.models if "embedded" in a.only else []
     absent = [name for name in PEERS if importlib.util.find_spec(name) is None]
     log = f"peers that are not installed: {', '.join(absent) or 'none'}\n"
@@ -186,8 +234,11 @@ def main() -> None:
     for name in cases:
         path = folder / f"{name}.json"
         if not path.is_file():
-            make = linear_case if name in LINEARS else model_case
-            write_json(path, make(name, dtype, a.compile, a.rounds, a.device))
+            if name in LINEARS:
+                case = linear_case(name, dtype, a.compile, a.rounds, a.device)
+            else:
+                case = model_case(name, dtype, a.compile, a.rounds, a.device, folder / "ways.json")
+            write_json(path, case)
         case = read_json(path)
         for key, value in case["figures"].items():
             one = Measurement.from_dict(value | {"settings": value["settings"] | {"compiled": a.compile}})

@@ -1,5 +1,6 @@
 """Mixed precision against brute force, the choice of a way of computing, and oneDNN's int8 linears."""
 
+import copy
 import itertools
 import random
 
@@ -124,18 +125,24 @@ def test_layers_that_would_be_slower_stay_as_they_are(sd):
         without_slower(plan, ways, least=2.5)
 
 
-def test_onednn_linears():
-    """Codes small enough that no CPU overflows; where a CPU has int8 instructions, all codes."""
-    torch.manual_seed(0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("input_bits", [4, 7, 8])
+def test_onednn_linears(input_bits, dtype):
+    """Largest codes everywhere: pairs of 8 x 8 bits overflow where a CPU has no int8 instructions, of 8 x 7 do not."""
     layer = nn.Linear(96, 40)
-    quant = quantized(layer, Spec(8, 8, "static", None, "uniform", True, 1), "minmax")
-    quant.set_input(torch.tensor(0.03), torch.tensor(117))
-    x = torch.randn(3, 5, 96)
-    if not cpu_has("int8"):
-        assert "onednn" not in quant.ways()
+    quant = quantized(layer, Spec(8, input_bits, "static", None, "uniform", True, 1), "minmax").to(dtype)
+    quant.set_input(torch.tensor(0.03), torch.tensor(0))
+    quant.codes = torch.where(torch.rand(quant.codes.shape) < 0.1, quant.codes, -128).to(torch.int8)
+    x = torch.rand(3, 5, 96).to(dtype) + 0.03 * (1 << input_bits)
+    assert ("onednn" in quant.ways()) == (input_bits < 8 or cpu_has("int8"))
+    if "onednn" not in quant.ways():
         quant.codes = quant.codes // 2
     with torch.no_grad():
         expected = quant(x)
         found = onednn_linear(quant, x)
+        assert torch.equal(torch.compile(onednn_linear, fullgraph=True)(quant, x), found)
+        quant.codes.neg_()  # written to in place, and with that packed anew
+        assert torch.equal(onednn_linear(quant, x), onednn_linear(copy.deepcopy(quant), x))
     assert found.shape == expected.shape
-    assert (found - expected).norm() < 1e-5 * expected.norm()
+    assert found.dtype == dtype
+    assert (found - expected).norm() < (1e-5 if dtype == torch.float32 else 1e-2) * expected.norm()

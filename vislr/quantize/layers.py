@@ -21,8 +21,9 @@ from torch.nn import functional as F
 
 from vislr.core.errors import AdapterError
 from vislr.core.quantizing import TINY, fake_quantize, merged_codes, merged_weight, round_through, to_codes
-from vislr.kernels.dispatch import FLOATS, cpu_has, use_kernel
+from vislr.kernels.dispatch import FLOATS, use_kernel
 from vislr.kernels.integer_gemm import conv_w8a8, linear_w4a16, linear_w8a8
+from vislr.quantize import onednn
 from vislr.quantize.plan import WHOLE, QuantPlan
 from vislr.quantize.steps import Steps, looked_up
 from vislr.quantize.weights import (
@@ -173,8 +174,9 @@ class QuantLayer(nn.Module):
         self.forget()
 
     def forget(self) -> None:
-        """Drop what was made from codes that are not the layer's any more."""
+        """Drop what was made from the codes."""
         self._kept = None
+        onednn.forget(self.codes)
 
     def set_input(self, scale: torch.Tensor, zero: torch.Tensor) -> None:
         """Take step sizes and zeros of the input, (entries,) or one for all."""
@@ -302,9 +304,7 @@ class QuantLayer(nn.Module):
         if way == "packed":
             return self.packed(x)
         if way == "onednn":
-            from vislr.quantize.onednn import onednn_linear
-
-            return onednn_linear(self, x)
+            return onednn.onednn_linear(self, x)
         if way == "kept":
             if self._kept is None or self._kept.dtype != x.dtype:
                 self._kept = self.dequantized(x.dtype)
@@ -354,8 +354,8 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[override]
         spec, found = self.spec, ["dequantise", "kept"]
         if spec.inputs != "none":
             found.append("integer")
-            full = spec.bits == 8 and spec.symmetric and spec.input_bits == 8 and spec.inputs != "dynamic"
-            if full and self.codes.device.type == "cpu" and cpu_has("int8"):
+            fits = spec.bits == 8 and spec.symmetric and spec.inputs != "dynamic" and onednn.is_exact(spec.input_bits)
+            if fits and self.codes.device.type == "cpu":
                 found.append("onednn")
         elif spec.format == "uniform" and (
             spec.bits in (3, 4) or (spec.bits == 8 and spec.symmetric and spec.group is None)

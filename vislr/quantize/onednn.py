@@ -1,7 +1,7 @@
-"""W8A8 linears by oneDNN's int8 product, which PyTorch's x86 quantisation uses: for CPUs with VNNI or AMX.
+"""Linears of 8-bit weights by oneDNN's int8 product, which PyTorch's x86 quantisation uses.
 
-Without these instructions oneDNN adds pairs of products in 16 bits, which overflow at full-range codes: there the
-results are wrong by several per cent, so the way is not offered.
+Without VNNI or AMX oneDNN adds pairs of products in 16 bits, which overflow when both have 8 bits and give results that
+are wrong by several per cent: on such a CPU the way is offered for inputs of 7 bits and fewer, whose pairs fit.
 """
 
 from __future__ import annotations
@@ -9,31 +9,61 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from vislr.core.quantizing import to_codes
+from vislr.kernels.dispatch import cpu_has
 
-_FLOATS = (torch.float32, torch.bfloat16)
+# Codes -> the count of writes to them when they were repacked, and the packed weight with its zeros.
+_packed: Any = WeakTensorKeyDictionary()
+
+
+def is_exact(input_bits: int) -> bool:
+    """Whether this CPU sums 8-bit weights times inputs of these bits without overflow."""
+    return input_bits < 8 or cpu_has("int8")
+
+
+def forget(codes: torch.Tensor) -> None:
+    """Drop what was packed of these codes."""
+    _packed.pop(codes, None)
 
 
 def onednn_linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """The layer's output; the weight is repacked once and kept beside its codes.
 
     Args:
-        layer: a `QuantLinear` with symmetric 8-bit weights and 8-bit inputs.
+        layer: a `QuantLinear` with symmetric 8-bit weights and inputs of 8 bits or fewer, static or by timestep.
         x: (..., K). One step size for all samples; samples of several timesteps go the "integer" way.
     """
     scale, zero = layer._affine(x, layer.input_scale, layer.input_zero)
     if scale.numel() > 1:
         return layer.integer(x)
-    if layer._kept is None:
-        zeros = torch.zeros(layer.rows, dtype=torch.int32)
-        layer._kept = (torch.ops.onednn.qlinear_prepack(layer.codes, None), zeros)
-    packed, zeros = layer._kept
-    codes = to_codes(x.float(), scale, zero, 8).to(torch.uint8).reshape(-1, x.shape[-1])
-    dtype = x.dtype if x.dtype in _FLOATS else torch.float32
-    bias = None if layer.bias is None else layer.bias.float()
-    out = torch.ops.onednn.qlinear_pointwise(
-        codes, scale.reshape(1), zero.reshape(1).to(torch.int32), packed, layer.weight_scale[:, 0], zeros, bias,
-        1.0, 0, dtype, "none", [], "",
+    codes = to_codes(x.float(), scale, zero, layer.spec.input_bits).to(torch.uint8).reshape(-1, x.shape[-1])
+    # Without instructions for it oneDNN writes bfloat16 in scalar loops.
+    dtype = x.dtype if x.dtype == torch.bfloat16 and cpu_has("bfloat16") else torch.float32
+    out = _product(
+        codes, scale.reshape(1), zero.reshape(1).to(torch.int32), layer.codes, layer.weight_scale[:, 0],
+        None if layer.bias is None else layer.bias.float(), dtype,
     )  # fmt: skip
     return out.to(x.dtype).view(*x.shape[:-1], layer.rows)
+
+
+# An op of its own: Inductor takes oneDNN's only with frozen weights.
+@torch.library.custom_op("vislr::onednn_linear", mutates_args=())
+def _product(
+    x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, codes: torch.Tensor, weight_scale: torch.Tensor,
+    bias: torch.Tensor | None, dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    writes = 0 if codes.is_inference() else codes._version
+    if _packed.get(codes, (None,))[0] != writes:
+        zeros = torch.zeros(codes.shape[0], dtype=torch.int32)
+        _packed[codes] = (writes, torch.ops.onednn.qlinear_prepack(codes, None), zeros)
+    _, packed, zeros = _packed[codes]
+    return torch.ops.onednn.qlinear_pointwise(
+        x, scale, zero, packed, weight_scale, zeros, bias, 1.0, 0, dtype, "none", [], ""
+    )
+
+
+@_product.register_fake
+def _(x, scale, zero, codes, weight_scale, bias, dtype):
+    return x.new_empty(x.shape[0], codes.shape[0], dtype=dtype)
