@@ -4,10 +4,11 @@
     python benchmarks/compose_table.py --sets 8 --methods base merge composite cmlora --dry
 
 Trains the testbed's adapters first (15 LoRAs; see compose_testbed.py), profiles them, draws every set with every
-method, and judges. What is done is kept in `--folder` and not done again: a stopped run goes on, and further methods
-or sets only cost themselves. Beside vislr's methods: diffusers' own `set_adapters`, and peft's `add_weighted_adapter`
-("peft-linear", "peft-ties", "peft-dare_linear"). With the defaults about 2 hours on two idle cores, half of it
-training; `--sets 8` a tenth of the drawing. The record holds the table and a sheet of pictures.
+method, and each adapter alone, and judges. What is done is kept in `--folder` and not done again: a stopped run goes
+on, and further methods or sets only cost themselves. Beside vislr's methods: diffusers' own `set_adapters`, and peft's
+`add_weighted_adapter` ("peft-linear", "peft-ties", "peft-dare_linear"). With the defaults about 2 hours on two cores;
+a second process with `--dry` and some of the methods shares the work. `--sets 8` is a tenth of the drawing. The record
+holds the tables and a sheet of pictures.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from compose_testbed import ComposedSet, Referee, parts, sets, train
+from compose_testbed import ComposedSet, Referee, parts, sets, singles, train
 from PIL import Image
 from tqdm import tqdm
 
 import vislr
 from vislr import compose, measure
+from vislr.compose.costing import formula
 from vislr.core.files import atomic_path, write_json
 from vislr.data import make_grid
 from vislr.measure.measurement import Measurement, proportion_interval
@@ -42,6 +44,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cmlora-beta-1.5": {"beta": 1.5},
 }
 PEERS = ("diffusers", "peft-linear", "peft-ties", "peft-dare_linear")
+# Each adapter by itself, on scenes that ask for nothing else new.
+ALONE = "alone"
 METHODS = ("base", *OURS, *VARIANTS, *PEERS)
 
 
@@ -54,7 +58,7 @@ def composed(
     weights = [weight] * len(names)
     if method == "base":
         yield 1.0
-    elif method == "diffusers":
+    elif method in ("diffusers", ALONE):
         pipe.set_adapters(names, weights)
         try:
             yield 1.0
@@ -64,17 +68,25 @@ def composed(
         with peft_weighted(pipe.unet, names, weights, method.removeprefix("peft-")):
             yield 1.0
     else:
-        options: dict[str, Any] = {"steps": steps}
-        if method.startswith("w_"):
-            options |= {"prompt": one.scene.caption, "triggers": [part.trigger for part in one.parts]}
-        if method in VARIANTS:
-            options |= {"profiles": [profiles[name] for name in names], **VARIANTS[method]}
-        plan = compose.compose_plan(pipe, names, weights, method.partition("-")[0], **options)
+        plan = planned(pipe, method, one, weight, profiles, steps)
         # All adapters of the testbed have one shape: what counts is how many there are.
         if (method, len(names)) not in costs:
             costs[method, len(names)] = compose.cost(pipe, plan).forwards
         with compose.composed(pipe, plan):
             yield costs[method, len(names)]
+
+
+def planned(
+    pipe: Any, method: str, one: ComposedSet, weight: float, profiles: dict[str, Any], steps: int
+) -> compose.ComposePlan:
+    """The plan of one of vislr's methods for a set."""
+    names = [part.adapter for part in one.parts]
+    options: dict[str, Any] = {"steps": steps}
+    if method.startswith("w_"):
+        options |= {"prompt": one.scene.caption, "triggers": [part.trigger for part in one.parts]}
+    if method in VARIANTS:
+        options |= {"profiles": [profiles[name] for name in names], **VARIANTS[method]}
+    return compose.compose_plan(pipe, names, [weight] * len(names), method.partition("-")[0], **options)
 
 
 @contextlib.contextmanager
@@ -138,10 +150,9 @@ def judge(a: argparse.Namespace, chosen: list[ComposedSet], methods: list[str]) 
     referee = Referee(a.judge)
     hits: dict[tuple[str, str], list[bool]] = {}
     aligned: dict[tuple[str, str], list[float]] = {}
-    costs: dict[str, list[dict]] = {}
-    shown = ["truth", *methods]
+    shown = ["truth", ALONE, *methods]
     for method in tqdm(shown, desc="judging", unit="method"):
-        for number, one in enumerate(chosen):
+        for number, one in enumerate(singles(a.alone) if method == ALONE else chosen):
             images = [one.scene.image()] if method == "truth" else pictures_of(a, method, number)
             right, near = referee.judged(one, images)
             groups = [f"N={len(one.parts)}", "all"]
@@ -150,17 +161,17 @@ def judge(a: argparse.Namespace, chosen: list[ComposedSet], methods: list[str]) 
                     hits.setdefault((method, group), []).extend(right[part.adapter])
             for group in groups:
                 aligned.setdefault((method, group), []).extend(near)
-            if method != "truth":
-                costs.setdefault(method, []).append(json.loads((place(a, method) / f"{number:03d}.json").read_text()))
-    columns = [f"N={n}" for n in (2, 3, 4, 5)] + ["all", "style", "concept", "ground"]
+    columns = [f"N={n}" for n in (1, 2, 3, 4, 5)] + ["all", "style", "concept", "ground"]
     columns = [column for column in columns if any((method, column) in hits for method in shown)]
-    figures, lines = {}, [f"{'elements right':22}" + "".join(f"{column:>9}" for column in columns)
-                          + f"{'align':>9}{'forwards':>10}{'seconds':>9}"]  # fmt: skip
+    figures, lines = {}, [f"{'elements right':22}" + "".join(f"{column:>9}" for column in columns) + f"{'align':>9}"]
     how = "share of elements nearest to the scene as asked for, among renderings with that element replaced"
     for method in shown:
         row = f"{method:22}"
         for column in columns:
-            values = hits[method, column]
+            values = hits.get((method, column), [])
+            if not values:
+                row += " " * 9
+                continue
             count, n = sum(values), len(values)
             figures[f"{method}, {column}"] = Measurement(
                 count / n, proportion_interval(count, n), n, None, "share", f"{how}; interval: Wilson score, 95 %",
@@ -169,18 +180,42 @@ def judge(a: argparse.Namespace, chosen: list[ComposedSet], methods: list[str]) 
             row += f"{count / n:9.3f}"
         near = aligned[method, "all"]
         row += f"{sum(near) / len(near):9.3f}"
-        if method in costs:
-            forwards = [one["forwards"] for one in costs[method]]
-            seconds = sorted(one["seconds"] for one in costs[method])
-            row += f"{sum(forwards) / len(forwards):10.2f}{seconds[len(seconds) // 2]:9.2f}"
-            figures[f"{method}, forwards a step"] = Measurement(
-                sum(forwards) / len(forwards), None, len(forwards), None, "full forwards", "counted; mean over the sets"
-            )
-            figures[f"{method}, seconds a picture"] = Measurement(
-                seconds[len(seconds) // 2], (seconds[0], seconds[-1]), len(seconds), None, "s",
-                "median over the sets; interval: smallest and largest",
-            )  # fmt: skip
         lines.append(row)
+    return figures, "\n".join(lines)
+
+
+def costs_by_number(
+    a: argparse.Namespace, pipe: Any, chosen: list[ComposedSet], methods: list[str], profiles: dict[str, Any]
+) -> tuple[dict[str, Measurement], str]:
+    """Forwards a step and seconds a picture by number of adapters; CMLoRA's forwards beside its formula."""
+    numbers = sorted({len(one.parts) for one in chosen})
+    heads = "".join(f"{f'N={n}':>9}" for n in numbers)
+    figures, lines = {}, [f"{'forwards a step':22}{heads}   {heads} seconds a picture"]
+    for method in methods:
+        forwards, times = "", ""
+        for n in numbers:
+            of_size = [number for number, one in enumerate(chosen) if len(one.parts) == n]
+            notes = [json.loads((place(a, method) / f"{number:03d}.json").read_text()) for number in of_size]
+            counted = notes[0]["forwards"]
+            seconds = sorted(note["seconds"] for note in notes)
+            middle = seconds[len(seconds) // 2]
+            forwards, times = forwards + f"{counted:9.3f}", times + f"{middle:9.2f}"
+            how = "counted on the pipeline's structure"
+            figures[f"{method}, N={n}, forwards a step"] = Measurement(counted, None, 1, None, "full forwards", how)
+            figures[f"{method}, N={n}, seconds a picture"] = Measurement(
+                middle, (seconds[0], seconds[-1]), len(seconds), None, "s", "median over the sets; interval: range"
+            )
+        lines.append(f"{method:22}{forwards}   {times}")
+        if method in VARIANTS:
+            row = f"{'  by the formula':22}"
+            for n in numbers:
+                one = next(one for one in chosen if len(one.parts) == n)
+                plan = planned(pipe, method, one, a.weight, profiles, a.draw_steps)
+                rho = compose.cost(pipe, plan).rho
+                row += (
+                    f"{formula(n, 1.0 if rho is None else rho, len(plan.refresh.steps(plan.steps)), plan.steps):9.3f}"
+                )
+            lines.append(row)
     return figures, "\n".join(lines)
 
 
@@ -198,6 +233,7 @@ def main() -> None:
     parser.add_argument("--sets", type=int, default=100, help="how many of the fixed sets")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", type=int, default=2, help="pictures for each set and method")
+    parser.add_argument("--alone", type=int, default=4, help="scenes for each adapter by itself")
     parser.add_argument("--draw-steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--weight", type=float, default=0.8, help="of every adapter, as in the papers")
@@ -231,12 +267,16 @@ def main() -> None:
             compose.write_profile(found, file)
         profiles[name] = found
     draw(a, pipe, chosen, a.methods, profiles)
+    draw(a, pipe, singles(a.alone), [ALONE], profiles)
     figures, table = judge(a, chosen, a.methods)
     lines = [
         f"{a.base}, {a.sets} sets, {a.seeds} seeds, {a.draw_steps} steps, weight {a.weight:g}, judged by {a.judge}"
     ]
     high, low = compose.split_profiles(list(profiles.values()))
     lines += [f"high: {', '.join(high)}", f"low: {', '.join(low)}", table]
+    more, table = costs_by_number(a, pipe, chosen, a.methods, profiles)
+    figures |= more
+    lines.append(table)
     if {"diffusers", "merge"} <= set(a.methods):
         same = all(
             one.tobytes() == other.tobytes()
@@ -251,7 +291,8 @@ def main() -> None:
     if not a.dry:
         command = (
             f"python benchmarks/compose_table.py --base {a.base} --sets {a.sets} --seeds {a.seeds} "
-            f"--train-steps {a.train_steps} --draw-steps {a.draw_steps} --methods {' '.join(a.methods)}"
+            f"--alone {a.alone} --train-steps {a.train_steps} --draw-steps {a.draw_steps} "
+            f"--methods {' '.join(a.methods)}"
         )
         path = measure.write_record(a.name or f"compose-table-{a.base}", figures, log=log, command=command, seed=7)
         shutil.copyfile(picture, path / "pictures.png")

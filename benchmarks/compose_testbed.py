@@ -99,6 +99,11 @@ def sets(count: int = 100, seed: int = 7) -> list[ComposedSet]:
     return made
 
 
+def singles(scenes: int) -> list[ComposedSet]:
+    """Every adapter by itself, on `scenes` scenes that ask for nothing else new: what there is to lose."""
+    return [ComposedSet((part,), _scene([part], 1000 + index)) for index in range(scenes) for part in parts()]
+
+
 def _scene(chosen: list[Part], index: int) -> Scene:
     style = next((part.name for part in chosen if part.kind == "style"), None)
     ground = next((part.name for part in chosen if part.kind == "ground"), None)
@@ -171,7 +176,7 @@ class Referee:
 
     def prototype(self, scene: Scene) -> torch.Tensor:
         """(d,) mean features of the scene in `RENDERINGS` layouts, colours and phases."""
-        key = json.dumps(scene.metadata(), sort_keys=True)
+        key = json.dumps(dataclasses.asdict(scene), sort_keys=True)
         if key not in self._kept:
             drawn = []
             for number in range(RENDERINGS):
