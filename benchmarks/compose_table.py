@@ -287,7 +287,7 @@ def main() -> None:
     log = "\n".join(lines) + "\n"
     print(log, end="")
     picture = a.folder / "sheet.png"
-    sheet(a, chosen, a.methods).save(picture)
+    sheet(a, chosen, a.methods).quantize(256).save(picture)  # half the bytes
     if not a.dry:
         command = (
             f"python benchmarks/compose_table.py --base {a.base} --sets {a.sets} --seeds {a.seeds} "
