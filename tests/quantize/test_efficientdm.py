@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -285,7 +286,7 @@ def test_the_teacher_leads_and_is_not_changed(sd, tuned):
     before = {name: p.clone() for name, p in sd.unet.state_dict().items()}
     seen = []
     handle = tuned.register_forward_pre_hook(lambda m, a, k: seen.append(k["sample"].clone()), with_kwargs=True)
-    config = TuneConfig(trajectories=2, batch=2, steps=4, rank=4, seed=0)
+    config = TuneConfig(trajectories=2, batch=2, steps=4, guidance=RUNS.guidance, rank=4, seed=0)
     result = tune(sd, tuned, RUNS, config, progress=False)
     handle.remove()
     assert result.updates == 4
@@ -340,7 +341,32 @@ def test_transformers_are_calibrated_tuned_and_merged(build):
         assert torch.equal(student(**given)[0], trained)
 
 
-def test_fine_tuning_lowers_the_error_and_resumes_exactly(sd, w4a4, tmp_path):
+def test_a_window_is_learnt_whole_and_in_another_order(sd, tuned):
+    asked = [given["sample"] for given in trajectory_inputs(sd, replace(RUNS, count=4))]
+    seen = []
+    handle = tuned.register_forward_pre_hook(lambda m, a, k: seen.append(k["sample"].clone()), with_kwargs=True)
+    config = TuneConfig(trajectories=4, batch=2, steps=4, guidance=RUNS.guidance, rank=4, seed=0, window=2)
+    result = tune(sd, tuned, RUNS, config, progress=False)
+    handle.remove()
+    assert result.updates == len(asked) == 8
+    assert len(result.losses) == 1
+    order = [next(i for i, one in enumerate(asked) if torch.equal(one, given)) for given in seen]
+    assert sorted(order) == list(range(8)) != order
+
+
+def test_guidance_is_the_published_one_unless_the_model_reads_it_as_an_input(sd):
+    from types import SimpleNamespace
+
+    from vislr.train.efficientdm import _runs_of
+
+    flux = SimpleNamespace(config=SimpleNamespace(guidance_embeds=True))
+    assert _runs_of(RUNS, TuneConfig(), sd.unet).guidance == 1.5
+    assert _runs_of(RUNS, TuneConfig(), flux).guidance == RUNS.guidance
+    assert _runs_of(RUNS, TuneConfig(guidance=3.0), flux).guidance == 3.0
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_fine_tuning_lowers_the_error_and_resumes_exactly(sd, w4a4, tmp_path, window):
     from vislr.measure import teacher_distance
 
     inputs = trajectory_inputs(sd, Trajectories(("a house",), 2, 2, 4, seed=7, options=dict(RUNS.options)))
@@ -354,12 +380,14 @@ def test_fine_tuning_lowers_the_error_and_resumes_exactly(sd, w4a4, tmp_path):
 
     whole, part, again = fresh(), fresh(), fresh()
     before = teacher_distance(whole, sd.unet, inputs).value
-    config = TuneConfig(trajectories=12, batch=2, steps=4, rank=4, reach=20, checkpoint_every=4)
+    config = TuneConfig(
+        trajectories=12, batch=2, steps=4, guidance=RUNS.guidance, rank=4, reach=20, checkpoint_every=4, window=window
+    )  # fmt: skip
     result = tune(sd, whole, RUNS, config, progress=False)
     assert result.updates == 24
     assert teacher_distance(whole, sd.unet, inputs).value < 0.99 * before
 
-    # Stopped after the third batch, taken up again.
+    # Stopped after the third batch, which ends a window of three, and taken up again.
     def stop(update, error):
         if update == 12:
             import os

@@ -114,7 +114,7 @@ def trajectory_inputs(pipe: Any, runs: Trajectories, every: int = 1) -> list[dic
     def see(given: dict[str, Any]) -> None:
         nonlocal calls
         if calls % every == 0:
-            found.append(_copied(given))
+            found.append(copied(given))
         calls += 1
 
     with watching_calls(denoiser_of(pipe)[1], see):
@@ -123,11 +123,12 @@ def trajectory_inputs(pipe: Any, runs: Trajectories, every: int = 1) -> list[dic
     return found
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
+    """A call's arguments, with tensors of their own."""
     if torch.is_tensor(value):
         return value.detach().clone()
     if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
+        return {key: copied(item) for key, item in value.items()}
     return value
 
 

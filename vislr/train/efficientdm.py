@@ -31,7 +31,7 @@ from vislr.anatomy import denoiser_of
 from vislr.core.arguments import plain_data
 from vislr.core.errors import ConfigError, Interrupted, ModelError, TrainingError
 from vislr.quantize import QuantLayer, Trajectories, layer_classes, quant_layers
-from vislr.quantize.trajectories import watching_calls
+from vislr.quantize.trajectories import copied, watching_calls
 from vislr.train.checkpoints import check_same_run, checkpoints_in, load_checkpoint, save_checkpoint, set_number
 from vislr.train.checks import above_zero, at_least
 from vislr.train.signals import stop_signals
@@ -39,6 +39,8 @@ from vislr.train.signals import stop_signals
 NAME = "qalora"
 # No update changes an input's step size by more than this share: small ones would be gone after a few.
 _LARGEST = 0.01
+# The published scale of the trajectories; its pictures are drawn with 3.
+_GUIDANCE = 1.5
 
 
 @dataclass
@@ -51,8 +53,9 @@ class TuneConfig:
     """Trajectories run at once."""
     steps: int = 100
     """Denoising steps of a trajectory; also the entries of the inputs' step sizes, where the plan has them."""
-    guidance: float = 4.0
-    """Classifier-free guidance scale of the trajectories."""
+    guidance: float | None = None
+    """Classifier-free guidance scale of the trajectories; null: 1.5 (published), which keeps pictures sharper than
+    learning at the scale that they are drawn with; of models that read it as an input (FLUX): the calibration's."""
     rank: int = 32
     """Rank of QALoRA."""
     scale_aware: bool = True
@@ -69,15 +72,18 @@ class TuneConfig:
     """AdamW's weight decay; the step sizes decay too, as in the published code."""
     train: Literal["all", "qalora", "full"] = "all"
     """all: factors, step sizes of weights and of inputs; qalora: the factors alone; full: the weights themselves
-    (quantisation-aware training, to compare with)."""
+    (quantisation-aware training, to compare with), and parameters called weight_scale, input_scale and input_zero."""
+    window: int = 1
+    """So many batches of trajectories run first and are learnt from in a random order; their inputs stay in memory. 1:
+    every step is learnt as it comes (published), which in short runs fits the pictures at hand."""
     checkpoint_every: int = 100
-    """Updates between two checkpoints, at the end of a batch of trajectories."""
+    """Updates between two checkpoints, at the end of a window."""
     seed: int = 3407
     """Of noise and of the factors' start."""
 
     def __post_init__(self) -> None:
         at_least(1, tune__trajectories=self.trajectories, tune__batch=self.batch, tune__steps=self.steps)
-        at_least(1, tune__rank=self.rank, tune__checkpoint_every=self.checkpoint_every)
+        at_least(1, tune__rank=self.rank, tune__checkpoint_every=self.checkpoint_every, tune__window=self.window)
         above_zero(tune__reach=self.reach, tune__lr=self.lr)
         if self.train == "full" and self.scale_aware:
             raise ConfigError("tune.train full has one rate, tune.lr; expected tune.scale_aware false")
@@ -98,7 +104,7 @@ class TuneResult:
         updates: optimiser steps.
         seconds: of this run.
         trained: name of a part -> parameters trained.
-        losses: mean relative error |teacher - student|^2 / |teacher|^2 of each batch of trajectories.
+        losses: mean relative error |teacher - student|^2 / |teacher|^2 of each window of trajectories.
     """
 
     updates: int
@@ -151,8 +157,7 @@ def parameter_groups(student: nn.Module, config: TuneConfig, name: str = NAME) -
         sizes["weight scales"][f"{site}.qalora_scale"] = layer.qalora_scale[name]
         if name in layer.qalora_input_scale:
             size = layer.qalora_input_scale[name]
-            rate = min(config.input_lr, _LARGEST * float(size.detach().mean()))
-            inputs.append((f"{site}.qalora_input_scale", size, rate))
+            inputs.append((f"{site}.qalora_input_scale", size, _input_rate(size, config)))
             sizes["input zeros"][f"{site}.qalora_input_zero"] = layer.qalora_input_zero[name]
     for key, size, rate in inputs:
         size.requires_grad_(config.train == "all" and rate > 0)
@@ -204,19 +209,19 @@ def tune(
         pipe: with the teacher in place; not changed.
         student: a quantised model with QALoRA (`attach_qalora`), or with `train: full` any trainable copy.
         runs: prompts and options of the trajectories; their number, batch, steps, guidance and seed are the
-            config's.
+            config's (guidance null: see `TuneConfig`).
         folder: keeps checkpoints; None: none.
         resume: go on from the newest one.
         watch: called with the update's number and its relative error.
 
     Raises:
         ConfigError: the checkpoints are of another run. TrainingError: the loss is not finite.
-        Interrupted: asked to stop; the last whole batch of trajectories is kept.
+        Interrupted: asked to stop; the last whole window of trajectories is kept.
     """
     teacher = denoiser_of(pipe)[1]
     if teacher is student:
         raise ModelError("the teacher is the student itself; expected the model before quantising")
-    runs = _runs_of(runs, config)
+    runs = _runs_of(runs, config, teacher)
     groups = _groups(student, config)
     trainable = {name: p for group in groups for name, p in zip(group["names"], group["params"], strict=True)}
     optimizer = torch.optim.AdamW(
@@ -233,7 +238,7 @@ def tune(
         raise ConfigError(f"'{folder}' holds checkpoints of a run; expected resume, or another folder")
     student.train(False)
     teacher.requires_grad_(False)
-    learner = _Learner(teacher, student, optimizer, trainable, config.guidance, total, watch)
+    learner = _Learner(teacher, student, optimizer, trainable, config, runs.guidance, watch)
     learner.updates = state["updates"]
     learner.conditional_first = "class_labels" in inspect.signature(type(pipe).__call__).parameters
     started, saved = time.monotonic(), state["updates"]
@@ -245,10 +250,13 @@ def tune(
     ):
         learner.bar = bar
         for piece in range(state["piece"], runs.pieces):
-            learner.seen = []
             learner.samples = min(runs.batch, runs.count - piece * runs.batch)
             runs.run(pipe, piece)
+            if (piece + 1) % config.window and piece + 1 < runs.pieces:
+                continue
+            learner.learn_kept(config.seed + piece)
             losses.append(sum(learner.seen) / max(1, len(learner.seen)))
+            learner.seen = []
             due = learner.updates - saved >= config.checkpoint_every or piece + 1 == runs.pieces or asked
             if folder is not None and due:
                 saved = learner.updates
@@ -262,31 +270,47 @@ def tune(
     return TuneResult(learner.updates, time.monotonic() - started, counts, tuple(losses))
 
 
-def _runs_of(runs: Trajectories, config: TuneConfig) -> Trajectories:
+def _runs_of(runs: Trajectories, config: TuneConfig, teacher: Any) -> Trajectories:
+    guidance = config.guidance
+    if guidance is None:
+        told = getattr(getattr(teacher, "config", None), "guidance_embeds", False)
+        guidance = runs.guidance if told else _GUIDANCE
     return replace(
-        runs, count=config.trajectories, batch=config.batch, steps=config.steps, guidance=config.guidance,
-        seed=config.seed,
-    )  # fmt: skip
+        runs, count=config.trajectories, batch=config.batch, steps=config.steps, guidance=guidance, seed=config.seed
+    )
 
 
 def _groups(student: nn.Module, config: TuneConfig) -> list[dict[str, Any]]:
     if config.train != "full":
         return parameter_groups(student, config)
-    named = {name: p for name, p in student.named_parameters() if p.requires_grad}
-    return [{"params": list(named.values()), "names": list(named), "part": "weights", "lr": config.lr}]
+    groups: list[dict[str, Any]] = []
+    for name, p in student.named_parameters():
+        if p.requires_grad:
+            own = name.rpartition(".")[2]
+            rates = {"weight_scale": config.weight_scale_lr, "input_scale": _input_rate(p, config),
+                     "input_zero": config.input_lr}  # fmt: skip
+            part = own if own in rates else "weights"
+            groups.append({"params": [p], "names": [name], "part": part, "lr": rates.get(part, config.lr)})
+    return groups
+
+
+def _input_rate(size: torch.Tensor, config: TuneConfig) -> float:
+    return min(config.input_lr, _LARGEST * float(size.detach().mean()))
 
 
 class _Learner:
-    """On the teacher while the pipeline runs: after each of its answers the student gives its own, and learns."""
+    """On the teacher while the pipeline runs: the student answers what the teacher was asked, and learns."""
 
     def __init__(
         self, teacher: nn.Module, student: nn.Module, optimizer: torch.optim.Optimizer,
-        trainable: Mapping[str, nn.Parameter], guidance: float, total: int,
+        trainable: Mapping[str, nn.Parameter], config: TuneConfig, guidance: float,
         watch: Callable[[int, float], None] | None,
     ) -> None:  # fmt: skip
         self.teacher, self.student, self.optimizer = teacher, student, optimizer
-        self.trainable, self.guidance, self.total = trainable, guidance, total
+        self.trainable, self.guidance, self.total = trainable, guidance, config.updates
         self.watch, self.updates = watch, 0
+        # Questions and answers of a window, and how many samples each has; None: learn at once.
+        self.kept: list[tuple[dict[str, Any], torch.Tensor, int]] | None = [] if config.window > 1 else None
         self.seen: list[float] = []
         self.samples, self.conditional_first = 0, False
         self.bar: Any = None
@@ -306,14 +330,27 @@ class _Learner:
         self.asked = given
 
     def _learn(self, module: nn.Module, args: Any, answer: Any) -> None:
+        target = output_of(answer).detach()
+        if self.kept is None:
+            self._update(self.asked, target, self.samples)
+        else:
+            self.kept.append((copied(self.asked), target.clone(), self.samples))
+
+    def learn_kept(self, seed: int) -> None:
+        """Learn from what the window kept, in an order that follows from the seed."""
+        kept = self.kept or []
+        for i in torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed)).tolist():
+            self._update(*kept[i])
+        kept.clear()
+
+    def _update(self, asked: dict[str, Any], target: torch.Tensor, samples: int) -> None:
         left = max(0.0, 1 - self.updates / self.total)
         for group in self.optimizer.param_groups:
             set_number(group, "lr", group["base_lr"] * left)
-        target = output_of(answer).detach()
         # Guidance in one call is a doubled batch; in two calls, or distilled into the model, each answer counts alone.
-        doubled = self.guidance > 1 and target.shape[0] == 2 * self.samples
+        doubled = self.guidance > 1 and target.shape[0] == 2 * samples
         with torch.enable_grad():
-            own = output_of(self.student(**self.asked))
+            own = output_of(self.student(**asked))
             how = (self.guidance, doubled, self.conditional_first)
             wanted = guided(target.float(), *how)
             error = (wanted - guided(own.float(), *how)).square().sum()
@@ -324,7 +361,7 @@ class _Learner:
         self.optimizer.step()
         with torch.no_grad():
             for name, parameter in self.trainable.items():
-                if name.endswith(("qalora_scale", "qalora_input_scale")):
+                if name.endswith(("qalora_scale", "weight_scale", "input_scale")):
                     # A step size that reached 0 would divide by it.
                     parameter.clamp_min_(1e-8)
         self.optimizer.zero_grad(set_to_none=True)
