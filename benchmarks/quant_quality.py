@@ -4,9 +4,10 @@
     python benchmarks/quant_quality.py --model emoji-mmdit --updates 800 --only "W4A4"
 
 Cells: full precision; then for W8A8, W4A8, W4A4 and W2A8 plain PTQ, + QALoRA (one rate for all layers), + scale-aware
-rates, + step sizes by timestep (TALSQ). At W4A4 also quantisation-aware training of all weights, with the same loss and
-updates: what QALoRA's cost is compared with. Three seeds at W4A4, one elsewhere. Every cell is kept in the folder and
-not made again: stopped, the grid goes on, and a cell's fine-tuning from its checkpoint. Needs the extra `measure`.
+rates, + step sizes by timestep (TALSQ). Of W8A7, which CPUs without VNNI multiply fast, PTQ alone. At W4A4 also
+quantisation-aware training of all weights and step sizes, with the same loss and updates: what QALoRA's cost is
+compared with. Three seeds at W4A4, one elsewhere. Every cell is kept in the folder and not made again: stopped, the
+grid goes on, and a cell's fine-tuning from its checkpoint. Needs the extra `measure`.
 Writes a record when the grid is whole.
 """
 
@@ -29,24 +30,45 @@ from vislr.core.files import read_json, write_json
 from vislr.measure import Measurement
 from vislr.quantize import QuantPlan, Trajectories, ptq_plan, quant_layers, sizes, trajectory_inputs
 from vislr.train import sample_images
-from vislr.train.efficientdm import TuneConfig, attach_qalora, merge_qalora, tune
+from vislr.train.efficientdm import TuneConfig, attach_qalora, guided, merge_qalora, output_of, tune
 from vislr.train.families import sequence_length
 
-BITS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W2A8": (2, 8)}
+BITS = {"W8A8": (8, 8), "W8A7": (8, 7), "W4A8": (4, 8), "W4A4": (4, 4), "W2A8": (2, 8)}
 METHODS = ("ptq", "qalora", "scale-aware", "talsq", "qat")
 GUIDANCE = 4.0
 
 
 class Whole(nn.Module):
-    """A quantised layer whose every weight is trained: the update has the weight's own shape. Step sizes stay."""
+    """A quantised layer whose every weight and step size is trained: the update has the weight's own shape."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
         self.layer = layer
         self.delta = nn.Parameter(torch.zeros(layer.shape))
+        self.weight_scale = nn.Parameter(layer.weight_scale[:, 0].clone())
+        self.input_scale = nn.Parameter(layer.input_scale.clone())
+        self.input_zero = nn.Parameter(layer.input_zero.float())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(x, self.delta)
+        return self.layer(x, self.delta, self.weight_scale[:, None], self.input_scale, self.input_zero)
+
+
+class Guided(nn.Module):
+    """A denoiser's answer to a doubled batch after classifier-free guidance, as the sampler and the loss see it."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, timestep: torch.Tensor, **asked: Any) -> torch.Tensor:
+        both = torch.cat([timestep, timestep]) if timestep.dim() else timestep
+        return guided(output_of(self.net(timestep=both, **asked)), GUIDANCE, doubled=True)
+
+
+def halved(asked: dict[str, Any]) -> dict[str, Any]:
+    """What `Guided` takes: a timestep for each answer."""
+    timestep = asked["timestep"]
+    return asked | {"timestep": timestep.chunk(2)[0] if timestep.dim() else timestep}
 
 
 def put_whole(student: nn.Module) -> None:
@@ -62,19 +84,51 @@ def mean_rate(student: nn.Module, reach: float) -> float:
     return sum(rates) / len(rates)
 
 
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Bars of KID and of the guided distance for each method, by bits: means over seeds, and every seed as a dot."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    shown = [bits for bits in BITS if any(key.startswith(bits) for key in results)]
+    for axis, (metric, title) in zip(
+        figure.subplots(1, 2), (("kid", "KID"), ("guided_distance", "distance from the float model")), strict=True
+    ):
+        for at, method in enumerate(METHODS):
+            for place, bits in enumerate(shown):
+                own = [one[metric]["value"] for key, one in results.items() if key.startswith(f"{bits} {method} ")]
+                if own:
+                    x = place + (at - 2) * 0.17
+                    axis.bar(x, sum(own) / len(own), 0.16, color=f"C{at}", label=method if bits == "W4A4" else None)
+                    axis.plot([x] * len(own), own, "k.", markersize=3)
+        whole = [one[metric]["value"] for key, one in results.items() if key.startswith("full") and metric in one]
+        if whole:
+            axis.axhline(sum(whole) / len(whole), color="k", linestyle=":", linewidth=1, label="full precision")
+        axis.set_xticks(range(len(shown)), shown)
+        axis.set_title(title, fontsize=10)
+    figure.axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="emoji-unet")
     parser.add_argument("--only", nargs="*", choices=tuple(BITS), default=list(BITS))
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--updates", type=int, default=480, help="of every fine-tuning")
-    parser.add_argument("--reach", type=float, default=1000.0, help="mean step size over this is a layer's rate")
+    parser.add_argument("--updates", type=int, default=200, help="of every fine-tuning")
+    parser.add_argument("--reach", type=float, default=300.0, help="mean step size over this is a layer's rate")
+    parser.add_argument("--weight-scale-lr", type=float, default=1e-4)
+    parser.add_argument("--input-lr", type=float, default=2e-3)
+    parser.add_argument("--window", type=int, default=5, help="batches of trajectories that are learnt in random order")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--tune-guidance", type=float, default=1.5, help="of the trajectories that are learnt from")
     parser.add_argument("--count", type=int, default=64, help="pictures that are judged")
     parser.add_argument("--seeds", type=int, default=3, help="at W4A4")
-    parser.add_argument("--folder", type=Path, default=None)
+    parser.add_argument("--folder", type=Path, default=None, help="where cells are kept")
+    parser.add_argument("--name", default=None, help="of the record; default quant-quality-MODEL")
     a = parser.parse_args()
     folder = a.folder or Path("runs") / f"quant-quality-{a.model}"
 
@@ -122,9 +176,10 @@ def main() -> None:
             trajectories = a.batch * max(1, a.updates // a.steps)
             rate = mean_rate(student, a.reach)
             config = TuneConfig(
-                trajectories=trajectories, batch=a.batch, steps=a.steps, guidance=GUIDANCE,
+                trajectories=trajectories, batch=a.batch, steps=a.steps, guidance=a.tune_guidance,
                 rank=a.rank, reach=a.reach, lr=rate, scale_aware=method not in ("qalora", "qat"), seed=seed,
-                checkpoint_every=120, train="full" if method == "qat" else "all",
+                weight_scale_lr=a.weight_scale_lr, input_lr=a.input_lr, window=a.window, checkpoint_every=100,
+                train="full" if method == "qat" else "all",
             )  # fmt: skip
             if method == "qat":
                 put_whole(student)
@@ -136,16 +191,18 @@ def main() -> None:
             if method != "qat":
                 merge_qalora(student)
         distance = measure.teacher_distance(student, teacher, asked)
+        seen = measure.teacher_distance(Guided(student), Guided(teacher), map(halved, asked))
         pipe.register_modules(**{component: student})
         try:
-            return {"megabytes": size / 1e6, "teacher_distance": distance.to_dict(), **extra, **judged(seed)}
+            distances = {"teacher_distance": distance.to_dict(), "guided_distance": seen.to_dict()}
+            return {"megabytes": size / 1e6, **distances, **extra, **judged(seed)}
         finally:
             pipe.register_modules(**{component: teacher})
 
     grid = [("", "full precision", seed) for seed in range(a.seeds)]
     for bits in a.only:
         for method in a.methods:
-            if method == "qat" and bits != "W4A4":
+            if (method == "qat" and bits != "W4A4") or (method != "ptq" and bits == "W8A7"):
                 continue
             grid += [(bits, method, seed) for seed in range(a.seeds if bits == "W4A4" and method != "qat" else 1)]
     results = {}
@@ -174,8 +231,11 @@ def main() -> None:
     command = f"python benchmarks/quant_quality.py --model {a.model} --only {' '.join(a.only)} --updates {a.updates}"
     command += f" --methods {' '.join(a.methods)} --rank {a.rank} --batch {a.batch}"
     command += f" --steps {a.steps} --count {a.count} --seeds {a.seeds}"
-    command += f" --reach {a.reach:g}"
-    print(measure.write_record(f"quant-quality-{a.model}", figures, log=log, command=command, seed=0))
+    command += f" --reach {a.reach:g} --weight-scale-lr {a.weight_scale_lr:g} --input-lr {a.input_lr:g}"
+    command += f" --window {a.window} --tune-guidance {a.tune_guidance:g}"
+    record = measure.write_record(a.name or f"quant-quality-{a.model}", figures, log=log, command=command, seed=0)
+    draw(results, record / "quality.png")
+    print(record)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,9 @@ def caller(module: Callable[[Any], Any], x: torch.Tensor, compiled: bool) -> Cal
     return call
 
 
-def linear_case(name: str, dtype: torch.dtype, compiled: bool, rounds: int, device: str) -> dict[str, Any]:
+def linear_case(
+    name: str, dtype: torch.dtype, compiled: bool, rounds: int, device: str, kinds: Collection[str]
+) -> dict[str, Any]:
     rows, inside, out = LINEARS[name]
     torch.manual_seed(0)
     plain = nn.Linear(inside, out).to(device)
@@ -118,7 +120,8 @@ def linear_case(name: str, dtype: torch.dtype, compiled: bool, rounds: int, devi
     if dtype != torch.float32:
         calls["float32"] = caller(plain, x, compiled)
     notes = []
-    for kind, spec in KINDS.items():
+    for kind in kinds:
+        spec = KINDS[kind]
         made = quantized(plain, spec, "minmax")
         if spec.entries:
             made.set_input(torch.tensor(8 / 2**spec.input_bits), torch.tensor(2.0 ** (spec.input_bits - 1)))
@@ -166,7 +169,9 @@ def twin(model: nn.Module, dtype: torch.dtype) -> Any:
     return copy.deepcopy(model).to(dtype)
 
 
-def model_case(name: str, dtype: torch.dtype, compiled: bool, rounds: int, device: str, ways: Path) -> dict[str, Any]:
+def model_case(
+    name: str, dtype: torch.dtype, compiled: bool, rounds: int, device: str, kinds: Collection[str], ways: Path
+) -> dict[str, Any]:
     """A call of a denoiser, float and quantised, each layer in its fastest way. Embedded ones under guidance."""
     whole, runs, plain, inputs = subject(name, dtype, device)
     plain.to(memory_format=torch.channels_last)
@@ -175,9 +180,12 @@ def model_case(name: str, dtype: torch.dtype, compiled: bool, rounds: int, devic
     if dtype != torch.float32 and name not in STEPS:
         models["float32"] = (plain, inputs)
     notes = []
-    plans = {f"W8A{bits} static": ptq_plan(whole, 8, bits, source=runs) for bits in (8, 7)}
-    if name not in STEPS:
-        plans["W4A16"] = weight_only_plan(whole, 4)
+    plans = {}
+    for kind, bits in (("W8A8 static", 8), ("W8A7 static", 7)):
+        if kind in kinds:
+            plans[kind] = ptq_plan(whole, 8, bits, source=runs)
+    if name not in STEPS and "W4A16 groups" in kinds:
+        plans["W4A16 groups"] = weight_only_plan(whole, 4)
     for kind, plan in plans.items():
         for faster in (False, True):
             model = twin(plain, dtype)
@@ -205,7 +213,7 @@ def model_case(name: str, dtype: torch.dtype, compiled: bool, rounds: int, devic
         return once
 
     calls = {key: call(model, kwargs) for key, (model, kwargs) in models.items()}
-    figures = measure.interleaved(calls, rounds=rounds, warmup=2, device=device)
+    figures = measure.interleaved(calls, rounds=rounds, warmup=1 if name in STEPS else 2, device=device)
     return {"figures": {key: one.to_dict() for key, one in figures.items()}, "notes": notes}
 
 
@@ -215,6 +223,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="compile every layer and model")
     parser.add_argument("--only", nargs="*", default=[*LINEARS, "embedded"], help="cases; embedded: --models")
+    parser.add_argument("--kinds", nargs="*", choices=tuple(KINDS), default=list(KINDS), help="what is quantised to")
     parser.add_argument("--models", nargs="*", default=["emoji-unet"], help="pipelines whose denoiser is timed")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--folder", type=Path, default=None, help="where cases are kept")
@@ -235,9 +244,9 @@ def main() -> None:
         path = folder / f"{name}.json"
         if not path.is_file():
             if name in LINEARS:
-                case = linear_case(name, dtype, a.compile, a.rounds, a.device)
+                case = linear_case(name, dtype, a.compile, a.rounds, a.device, a.kinds)
             else:
-                case = model_case(name, dtype, a.compile, a.rounds, a.device, folder / "ways.json")
+                case = model_case(name, dtype, a.compile, a.rounds, a.device, a.kinds, folder / "ways.json")
             write_json(path, case)
         case = read_json(path)
         for key, value in case["figures"].items():
@@ -251,6 +260,8 @@ def main() -> None:
         print("\n".join(case["notes"]), flush=True)
     command = f"python benchmarks/quant_speed.py --dtype {a.dtype} --device {a.device} --rounds {a.rounds}"
     command += f"{' --compile' if a.compile else ''} --only {' '.join(a.only)} --models {' '.join(a.models)}"
+    if a.kinds != list(KINDS):
+        command += " --kinds " + " ".join(f"'{kind}'" for kind in a.kinds)
     print(measure.write_record(f"{a.name}-{how}", figures, log=log, command=command, seed=0))
 
 
