@@ -192,3 +192,9 @@ def test_the_config_that_comes_with_vislr_says_what_it_takes(capsys):
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed[1:10]] == NAMES
     assert "smaller" in printed[6]
+
+
+def test_the_four_bit_config_prunes_recovers_and_quantises(capsys):
+    assert main(["recipe", "run", "recipes/small-4bit.yaml", "--dry_run"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed[1:4]] == ["01-prune", "02-recover", "03-quantize"]
