@@ -19,7 +19,7 @@ from vislr.anatomy import describe, sample_inputs
 from vislr.core.errors import ConfigError, FormatError, ModelError, TargetError
 from vislr.prune import LayerPlan
 from vislr.quantize import QuantPlan, layer_classes, ptq_plan, quant_layers, quantizable, sizes, weight_only_plan
-from vislr.quantize.layers import SCALES
+from vislr.quantize.layers import SCALES, Spec, quantized
 
 SAMPLES = {
     "unet": (tiny.tiny_unet, {"tokens": 16}),
@@ -284,9 +284,17 @@ def test_a_compiled_model_is_one_graph_for_all_timesteps(sd, w4a4):
         assert torch.allclose(a, b, atol=1e-5)
 
 
-def test_compiled_layers_are_one_graph():
-    from vislr.quantize.layers import Spec, quantized
+def test_packed_eight_bit_weights_compile_in_bfloat16():
+    torch.manual_seed(0)
+    layer = quantized(torch.nn.Linear(64, 96), Spec(8, 16, "none", None, "uniform", True, 0), "minmax")
+    layer = layer.to(torch.bfloat16)
+    layer.way = "packed"
+    x = torch.randn(32, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(layer, fullgraph=True)(x), layer(x))
 
+
+def test_compiled_layers_are_one_graph():
     torch.manual_seed(0)
     block = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 4, 1))
     for name, spec in (("0", Spec(8, 8, "dynamic", None, "uniform", True, 0)),

@@ -375,13 +375,24 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[override]
         spec = self.spec
         if spec.bits == 8:
             rows = x.reshape(-1, x.shape[-1])
-            out = torch._weight_int8pack_mm(rows, self.codes, self.weight_scale[:, 0].to(x.dtype))
+            out = _int8_packed(rows, self.codes, self.weight_scale[:, 0])
             out = out if self.bias is None else out + self.bias
             return out.view(*x.shape[:-1], self.rows)
         count = -(-self.columns // self.block)
         scale = self.weight_scale.expand(-1, count)
         zero = self.zeros().to(torch.uint8).expand(-1, count)
         return linear_w4a16(x, self.codes, scale.contiguous(), self.bias, zero.contiguous(), self.block)
+
+
+# An op of its own: Inductor refuses torch's where the scale is computed in the graph.
+@torch.library.custom_op("vislr::int8_packed", mutates_args=())
+def _int8_packed(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return torch._weight_int8pack_mm(x, codes, scale.to(x.dtype))
+
+
+@_int8_packed.register_fake
+def _(x, codes, scale):
+    return x.new_empty(x.shape[0], codes.shape[0])
 
 
 class _QuantConv(QuantLayer):
