@@ -39,6 +39,8 @@ from vislr.train.signals import stop_signals
 NAME = "qalora"
 # No update changes an input's step size by more than this share: small ones would be gone after a few.
 _LARGEST = 0.01
+# What parameters of step sizes are called where all weights are trained.
+_STEPS = ("weight_scale", "input_scale", "input_zero")
 # The published scale of the trajectories; its pictures are drawn with 3.
 _GUIDANCE = 1.5
 
@@ -286,11 +288,12 @@ def _groups(student: nn.Module, config: TuneConfig) -> list[dict[str, Any]]:
     groups: list[dict[str, Any]] = []
     for name, p in student.named_parameters():
         if p.requires_grad:
-            own = name.rpartition(".")[2]
-            rates = {"weight_scale": config.weight_scale_lr, "input_scale": _input_rate(p, config),
-                     "input_zero": config.input_lr}  # fmt: skip
-            part = own if own in rates else "weights"
-            groups.append({"params": [p], "names": [name], "part": part, "lr": rates.get(part, config.lr)})
+            part = name.rpartition(".")[2]
+            if part == "input_scale":
+                rate = _input_rate(p, config)
+            else:
+                rate = {"weight_scale": config.weight_scale_lr, "input_zero": config.input_lr}.get(part, config.lr)
+            groups.append({"params": [p], "names": [name], "part": part if part in _STEPS else "weights", "lr": rate})
     return groups
 
 
