@@ -21,12 +21,12 @@ import yaml
 import vislr
 from vislr import measure, zoo
 from vislr.anatomy import denoiser_of
+from vislr.anatomy.text import sequence_length
 from vislr.core.arguments import find_config, read_section
 from vislr.measure import Measurement
 from vislr.pipelines.recipe_run import BASE, Run, RunConfig, table
 from vislr.pipelines.recipe_steps import PIPELINE
 from vislr.quantize import Trajectories, sizes, trajectory_inputs, weight_only_plan
-from vislr.train.families import sequence_length
 
 RECIPE = "recipes/small-4bit.yaml"
 

@@ -30,6 +30,7 @@ from typing import Any
 
 import vislr
 from vislr import measure, prune, zoo
+from vislr.anatomy.text import sequence_length
 from vislr.core.errors import ConfigError
 from vislr.core.files import read_json, write_json
 from vislr.core.hashing import content_hash
@@ -38,7 +39,6 @@ from vislr.measure import Measurement
 from vislr.prune.scoring import timed_forward
 from vislr.train import HeldOutConfig, OptimConfig, SampleConfig, sample_images
 from vislr.train.calibration import calibration_inputs
-from vislr.train.families import sequence_length
 from vislr.train.recovery import RecoverySection, recover
 
 RATIOS = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6)

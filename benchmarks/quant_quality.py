@@ -26,12 +26,12 @@ from torch import nn
 import vislr
 from vislr import measure, zoo
 from vislr.anatomy import denoiser_of
+from vislr.anatomy.text import sequence_length
 from vislr.core.files import read_json, write_json
 from vislr.measure import Measurement
 from vislr.quantize import QuantPlan, Trajectories, ptq_plan, quant_layers, sizes, trajectory_inputs
 from vislr.train import sample_images
 from vislr.train.efficientdm import TuneConfig, attach_qalora, guided, merge_qalora, output_of, tune
-from vislr.train.families import sequence_length
 
 BITS = {"W8A8": (8, 8), "W8A7": (8, 7), "W4A8": (4, 8), "W4A4": (4, 4), "W2A8": (2, 8)}
 METHODS = ("ptq", "qalora", "scale-aware", "talsq", "qat")

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
+import io
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,38 @@ def peers(linear: nn.Linear) -> dict[str, nn.Module]:
     return found
 
 
+def model_peers(model: nn.Module) -> dict[str, nn.Module]:
+    """A denoiser with its linears quantised by other packages that are installed."""
+    found: dict[str, nn.Module] = {}
+    if importlib.util.find_spec("torchao"):
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+        found["torchao W8A8 dynamic"] = copy.deepcopy(model)
+        quantize_(found["torchao W8A8 dynamic"], Int8DynamicActivationInt8WeightConfig())
+    if importlib.util.find_spec("sdnq"):
+        from sdnq.quantizer import sdnq_post_load_quant
+
+        # Its limits on size would leave most of a small model as it is.
+        found["sdnq W8A8 dynamic"] = sdnq_post_load_quant(
+            copy.deepcopy(model), weights_dtype="int8", use_quantized_matmul=True, minimum_allowed_numel=0,
+            minimum_allowed_channel_size=1, quantization_device="cpu",
+        )  # fmt: skip
+    if importlib.util.find_spec("optimum"):
+        from optimum.quanto import freeze, qint8, quantize
+
+        found["quanto W8A16"] = copy.deepcopy(model)
+        quantize(found["quanto W8A16"], weights=qint8)
+        freeze(found["quanto W8A16"])
+    return found
+
+
+def stored(model: nn.Module) -> float:
+    """Megabytes of the state that torch stores of a model."""
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    return file.tell() / 1e6
+
+
 def caller(module: Callable[[Any], Any], x: torch.Tensor, compiled: bool) -> Callable[[], Any]:
     run = torch.compile(module, dynamic=False) if compiled else module
 
@@ -170,8 +203,9 @@ def twin(model: nn.Module, dtype: torch.dtype) -> Any:
 
 
 def model_case(
-    name: str, dtype: torch.dtype, compiled: bool, rounds: int, device: str, kinds: Collection[str], ways: Path
-) -> dict[str, Any]:
+    name: str, dtype: torch.dtype, compiled: bool, rounds: int, device: str, kinds: Collection[str], ways: Path,
+    eager_ways: bool,
+) -> dict[str, Any]:  # fmt: skip
     """A call of a denoiser, float and quantised, each layer in its fastest way. Embedded ones under guidance."""
     whole, runs, plain, inputs = subject(name, dtype, device)
     plain.to(memory_format=torch.channels_last)
@@ -190,7 +224,7 @@ def model_case(
         for faster in (False, True):
             model = twin(plain, dtype)
             vislr.apply(model, plan)
-            found = choose_ways(model, half, cache=ways, rounds=3, compile=compiled)
+            found = choose_ways(model, half, cache=ways, rounds=3, compile=compiled and not eager_ways)
             title = f"{kind}, slower layers left out" if faster else kind
             notes += [f"{name} {title}: {note}" for note in found.notes()]
             notes.append(f"{name} {title}: {sizes(plain).total / 1e6:.2f} -> {sizes(model).total / 1e6:.2f} MB")
@@ -213,6 +247,15 @@ def model_case(
         return once
 
     calls = {key: call(model, kwargs) for key, (model, kwargs) in models.items()}
+    for other, model in {} if name in STEPS else model_peers(twin(plain, dtype)).items():
+        peer = call(model, half)
+        try:
+            peer()
+        except Exception as error:
+            notes.append(f"{name}: {other} does not run: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+            continue
+        notes.append(f"{name} {other}: {stored(plain):.2f} -> {stored(model):.2f} MB")
+        calls[other] = peer
     figures = measure.interleaved(calls, rounds=rounds, warmup=1 if name in STEPS else 2, device=device)
     return {"figures": {key: one.to_dict() for key, one in figures.items()}, "notes": notes}
 
@@ -222,6 +265,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="compile every layer and model")
+    parser.add_argument("--eager-ways", action="store_true", help="choose ways uncompiled: a hundred compilations less")
     parser.add_argument("--only", nargs="*", default=[*LINEARS, "embedded"], help="cases; embedded: --models")
     parser.add_argument("--kinds", nargs="*", choices=tuple(KINDS), default=list(KINDS), help="what is quantised to")
     parser.add_argument("--models", nargs="*", default=["emoji-unet"], help="pipelines whose denoiser is timed")
@@ -246,7 +290,9 @@ def main() -> None:
             if name in LINEARS:
                 case = linear_case(name, dtype, a.compile, a.rounds, a.device, a.kinds)
             else:
-                case = model_case(name, dtype, a.compile, a.rounds, a.device, a.kinds, folder / "ways.json")
+                case = model_case(
+                    name, dtype, a.compile, a.rounds, a.device, a.kinds, folder / "ways.json", a.eager_ways
+                )
             write_json(path, case)
         case = read_json(path)
         for key, value in case["figures"].items():
@@ -260,6 +306,7 @@ def main() -> None:
         print("\n".join(case["notes"]), flush=True)
     command = f"python benchmarks/quant_speed.py --dtype {a.dtype} --device {a.device} --rounds {a.rounds}"
     command += f"{' --compile' if a.compile else ''} --only {' '.join(a.only)} --models {' '.join(a.models)}"
+    command += " --eager-ways" if a.eager_ways else ""
     if a.kinds != list(KINDS):
         command += " --kinds " + " ".join(f"'{kind}'" for kind in a.kinds)
     print(measure.write_record(f"{a.name}-{how}", figures, log=log, command=command, seed=0))

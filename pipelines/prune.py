@@ -331,10 +331,10 @@ def _calibration(config: PruneConfig, pipe: Any) -> list[dict[str, Any]]:
 def _hierarchical(config: PruneConfig, pipe: Any, folder: Path, quiet: bool) -> LayerPlan:
     """Quality: does a picture look like the pictures of its caption in data.folder?"""
     from vislr import measure
+    from vislr.anatomy.text import sequence_length
     from vislr.data import open_pool
     from vislr.prune import PrototypeQuality, block_range, hierarchical_plan
     from vislr.train.diffusion import size_step, vae_factor
-    from vislr.train.families import sequence_length
     from vislr.train.tasks import spread, to_image
 
     wanted = config.plan

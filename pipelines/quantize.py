@@ -240,8 +240,9 @@ def _pipeline(config: QuantizeConfig) -> Any:
 
 def _runs(config: QuantizeConfig, pipe: Any) -> Trajectories:
     from vislr import zoo
+    from vislr.anatomy.text import sequence_length
     from vislr.quantize import Trajectories
-    from vislr.train.families import family_of, sequence_length
+    from vislr.train.families import family_of
 
     prompts: list[Any] = list(config.calibration.prompts)
     if not prompts and config.model.base in zoo.pipeline_names():

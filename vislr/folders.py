@@ -193,8 +193,10 @@ def load(source: str | os.PathLike, *, any_base: bool = False, **options: Any) -
         ModelError: `source` is neither. FormatError: `vislr.json` has an unknown schema.
     """
     from vislr.adapters import inject
+    from vislr.anatomy.text import note_text_tokens
 
     target, folder = _load_diffusers(source, options)
+    note_text_tokens(target)
     for module in modules_of(target):
         models.align(module)
     if folder is None or not (folder / RECIPE_FILE).is_file():

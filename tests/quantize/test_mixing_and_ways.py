@@ -113,6 +113,19 @@ def test_ways_are_measured_once_kept_and_reported(student, sd, tmp_path):
         assert (student(**inputs)[0] - before).norm() < 0.05 * before.norm()
 
 
+@pytest.mark.slow
+def test_however_many_layers_there_are_all_are_timed_compiled():
+    import torch._dynamo
+
+    spec = Spec(8, 8, "dynamic", None, "uniform", True, 0)
+    widths = (8, 16, 24, 32, 8)
+    net = nn.Sequential(*(quantized(nn.Linear(a, b), spec, "minmax") for a, b in itertools.pairwise(widths)))
+    # Three ways of four layers are more versions than torch.compile keeps of one function.
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        found = choose_ways(net, {"input": torch.randn(4, 8)}, rounds=6, compile=True)
+    assert [set(one.seconds) for one in found.layers] == [{"float", "dequantise", "integer"}] * 4
+
+
 def test_layers_that_would_be_slower_stay_as_they_are(sd):
     plan = ptq_plan(sd, 8, 8, inputs="dynamic")
     names = list(plan.layers)

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vislr.anatomy.families import reader_of
 from vislr.anatomy.shapes import RememberedShapes
+from vislr.anatomy.text import noted_text_tokens
 from vislr.anatomy.wrapping import unwrapped
 from vislr.core.context import HOOK_NAME
 from vislr.core.errors import ConfigError, ModelError, hint
@@ -101,6 +102,8 @@ def _rebind(module: nn.Module) -> None:
 def sample_of(model: nn.Module, sample: dict[str, int] | None = None, batch: int = 1) -> dict[str, int]:
     """The shapes of one forward: the model's own, with those of `sample` in their place.
 
+    The length of the text is that of the pipeline which the model was loaded with by vislr, else the family's.
+
     Args:
         model: any supported model.
         sample: some of "height", "width" (latent units for denoisers, pixels for classifiers),
@@ -114,6 +117,9 @@ def sample_of(model: nn.Module, sample: dict[str, int] | None = None, batch: int
     model = unwrapped(model)
     reader = reader_of(model)
     own = reader.sample(model) | {"batch": batch}
+    noted = noted_text_tokens(model)
+    if noted is not None and "tokens" in own:
+        own["tokens"] = noted
     for key, value in (sample or {}).items():
         if key not in own:
             raise ConfigError(f"a sample of a {reader.family} model has no '{key}'{hint(key, own)}")

@@ -15,6 +15,8 @@ def run_once(pipe: Any, prompt: str, seed: int, *, steps: int, guidance: float, 
     """
     import torch
 
+    from vislr.anatomy.text import sequence_length
+
     known = inspect.signature(pipe.__call__).parameters
     options: dict[str, Any] = {
         "num_inference_steps": steps, "guidance_scale": guidance, "generator": torch.Generator("cpu").manual_seed(seed),
@@ -23,9 +25,8 @@ def run_once(pipe: Any, prompt: str, seed: int, *, steps: int, guidance: float, 
     wanted = {"output_type": "latent", "use_resolution_binning": False, "clean_caption": False}
     if "class_labels" in known:
         wanted["output_type"] = "np"  # DiT decodes in any case
-    if getattr(pipe, "text_encoder_3", None) is None and hasattr(pipe, "tokenizer_2"):
-        # Without T5, SD3 attends to as many tokens of padding as it is told.
-        wanted["max_sequence_length"] = min(256, pipe.tokenizer.model_max_length)
+    if "max_sequence_length" in known:
+        wanted["max_sequence_length"] = sequence_length(pipe)
     options |= {key: value for key, value in wanted.items() if key in known} | call
     first: Any = [prompt]
     if "class_labels" in known:

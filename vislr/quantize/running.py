@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -200,11 +201,18 @@ def _times(layer: QuantLayer, x: torch.Tensor, ways: Sequence[str], rounds: int,
 
     names = (FLOAT, *ways)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _compiling_all() if compile else nullcontext():
             figures = interleaved({name: call(name) for name in names}, rounds=rounds, warmup=2, device=x.device.type)
     finally:
         layer.way = before
     return {name: float(figures[name].value) for name in names}
+
+
+def _compiling_all() -> Any:
+    """torch.compile leaves a function as it is after eight versions of it; here every layer is one."""
+    import torch._dynamo
+
+    return torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20)
 
 
 def without_slower(plan: QuantPlan, ways: Ways, *, least: float = 1.0) -> QuantPlan:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from vislr.anatomy.text import sequence_length
 from vislr.core.errors import ModelError
 from vislr.core.hashing import content_hash
 from vislr.data import Pool, Source, TensorCache, cache_key, make_grid
@@ -21,7 +22,7 @@ from vislr.train import objectives
 from vislr.train.captions import Captions
 from vislr.train.config import TrainConfig
 from vislr.train.examples import Batch, Examples, HeldOut, Latents, Pixels
-from vislr.train.families import Conditions, family_of, sequence_length
+from vislr.train.families import Conditions, family_of
 from vislr.train.sampling import sample_images
 from vislr.train.tasks import Draw, Preview, spread, to_image
 

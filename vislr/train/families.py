@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
+from vislr.anatomy.text import sequence_length
 from vislr.core.errors import DataError, ModelError, hint
 
 Conditions = dict[str, torch.Tensor]
@@ -178,15 +179,6 @@ class DiT:
         return model(noisy, timestep=time, class_labels=conditions["label"], return_dict=False)[0]
 
 
-def sequence_length(pipe: Any) -> int:
-    """Tokens of the long text encoder, in training and in sampling: its tokenizer's limit, at most the family's.
-
-    Without a limit of its own SD3 attends to 256 tokens of padding: four times the work of 16.
-    """
-    most, name = _LENGTHS.get(type(pipe).__name__.replace("Img2Img", ""), (256, "tokenizer_3"))
-    return min(most, (getattr(pipe, name, None) or pipe.tokenizer).model_max_length)
-
-
 def family_of(pipe: Any) -> Family:
     """The family of a pipeline.
 
@@ -218,12 +210,6 @@ def family_of(pipe: Any) -> Family:
     return family(pipe)
 
 
-# Longest text that the pipelines themselves read, and the tokenizer of the encoder that reads it.
-_LENGTHS = {
-    "PixArtAlphaPipeline": (120, "tokenizer"),
-    "PixArtSigmaPipeline": (300, "tokenizer"),
-    "FluxPipeline": (512, "tokenizer_2"),
-}
 _TRANSFORMERS: dict[str, type] = {
     "SD3Transformer2DModel": StableDiffusion3,
     "FluxTransformer2DModel": Flux,

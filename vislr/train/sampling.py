@@ -7,8 +7,9 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from vislr.anatomy.text import sequence_length
 from vislr.core.errors import ConfigError
-from vislr.train.families import PixArt, family_of, sequence_length
+from vislr.train.families import PixArt, family_of
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -43,6 +43,8 @@ def pipeline(name: str, **options: Any) -> DiffusionPipeline:
     from diffusers import DiffusionPipeline
     from transformers.utils import logging
 
+    from vislr.anatomy.text import note_text_tokens
+
     options.setdefault("dtype", torch.float32)
     folder = pipeline_folder(name)
     level = logging.get_verbosity()
@@ -50,9 +52,11 @@ def pipeline(name: str, **options: Any) -> DiffusionPipeline:
     # transformers reports at length.
     logging.set_verbosity_error()
     try:
-        return _load(folder, options, DiffusionPipeline)
+        pipe = _load(folder, options, DiffusionPipeline)
     finally:
         logging.set_verbosity(level)
+    note_text_tokens(pipe)
+    return pipe
 
 
 def _load(folder: Path, options: dict[str, Any], stock: Any) -> DiffusionPipeline:
