@@ -35,6 +35,7 @@ from vislr.quantize import (
     Trajectories,
     choose_ways,
     ptq_plan,
+    quant_layers,
     sizes,
     trajectory_inputs,
     weight_only_plan,
@@ -204,7 +205,7 @@ def twin(model: nn.Module, dtype: torch.dtype) -> Any:
 
 def model_case(
     name: str, dtype: torch.dtype, compiled: bool, rounds: int, device: str, kinds: Collection[str], ways: Path,
-    eager_ways: bool,
+    eager_ways: bool, way: str | None,
 ) -> dict[str, Any]:  # fmt: skip
     """A call of a denoiser, float and quantised, each layer in its fastest way. Embedded ones under guidance."""
     whole, runs, plain, inputs = subject(name, dtype, device)
@@ -218,12 +219,22 @@ def model_case(
     for kind, bits in (("W8A8 static", 8), ("W8A7 static", 7)):
         if kind in kinds:
             plans[kind] = ptq_plan(whole, 8, bits, source=runs)
+    if "W8A8 dynamic" in kinds:
+        plans["W8A8 dynamic"] = ptq_plan(whole, 8, 8, inputs="dynamic")
     if name not in STEPS and "W4A16 groups" in kinds:
         plans["W4A16 groups"] = weight_only_plan(whole, 4)
     for kind, plan in plans.items():
         for faster in (False, True):
             model = twin(plain, dtype)
             vislr.apply(model, plan)
+            if way is not None:
+                for layer in quant_layers(model).values():
+                    layer.way = way if way in layer.ways() else "dequantise"
+                notes.append(
+                    f"{name} {kind}, all {way}: {sizes(plain).total / 1e6:.2f} -> {sizes(model).total / 1e6:.2f} MB"
+                )
+                models[f"vislr {kind}, all {way}"] = (model, half)
+                break
             found = choose_ways(model, half, cache=ways, rounds=3, compile=compiled and not eager_ways)
             title = f"{kind}, slower layers left out" if faster else kind
             notes += [f"{name} {title}: {note}" for note in found.notes()]
@@ -266,6 +277,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="compile every layer and model")
     parser.add_argument("--eager-ways", action="store_true", help="choose ways uncompiled: a hundred compilations less")
+    parser.add_argument("--way", help="one way for all layers of a model: nothing is timed to choose, none is left out")
     parser.add_argument("--only", nargs="*", default=[*LINEARS, "embedded"], help="cases; embedded: --models")
     parser.add_argument("--kinds", nargs="*", choices=tuple(KINDS), default=list(KINDS), help="what is quantised to")
     parser.add_argument("--models", nargs="*", default=["emoji-unet"], help="pipelines whose denoiser is timed")
@@ -291,7 +303,7 @@ def main() -> None:
                 case = linear_case(name, dtype, a.compile, a.rounds, a.device, a.kinds)
             else:
                 case = model_case(
-                    name, dtype, a.compile, a.rounds, a.device, a.kinds, folder / "ways.json", a.eager_ways
+                    name, dtype, a.compile, a.rounds, a.device, a.kinds, folder / "ways.json", a.eager_ways, a.way
                 )
             write_json(path, case)
         case = read_json(path)
@@ -307,6 +319,7 @@ def main() -> None:
     command = f"python benchmarks/quant_speed.py --dtype {a.dtype} --device {a.device} --rounds {a.rounds}"
     command += f"{' --compile' if a.compile else ''} --only {' '.join(a.only)} --models {' '.join(a.models)}"
     command += " --eager-ways" if a.eager_ways else ""
+    command += f" --way {a.way}" if a.way else ""
     if a.kinds != list(KINDS):
         command += " --kinds " + " ".join(f"'{kind}'" for kind in a.kinds)
     print(measure.write_record(f"{a.name}-{how}", figures, log=log, command=command, seed=0))
