@@ -4,7 +4,8 @@ import pytest
 import tiny
 
 import vislr
-from vislr.anatomy import denoiser_of, sample_of
+from vislr import zoo
+from vislr.anatomy import denoiser_of, sample_of, skeleton
 from vislr.anatomy.text import note_text_tokens
 from vislr.cache.running import run_once
 
@@ -38,3 +39,5 @@ def test_counts_are_made_for_as_many_text_tokens_as_the_pipeline_gives(name):
 @pytest.mark.parametrize(("name", "tokens"), [("emoji-unet", 16), ("emoji-mmdit", 32)])
 def test_embedded_pipelines_say_their_length_when_loaded(name, tokens):
     assert sample_of(denoiser_of(vislr.load(name))[1])["tokens"] == tokens
+    # Without weights it is read from the tokenizers' configs.
+    assert sample_of(skeleton(name, {name: zoo.pipeline_folder(name)}))["tokens"] == tokens

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from vislr.anatomy.architectures import ARCHITECTURES
+from vislr.anatomy.text import TOKENIZERS, text_tokens
 from vislr.core.errors import ModelError, hint
 from vislr.core.files import read_json
 
@@ -77,16 +78,31 @@ def _from_library(source: str, name: str) -> nn.Module:
 
 
 def _from_folder(folder: Path) -> nn.Module:
+    tokens = None
     if (folder / "model_index.json").is_file():
         index = _json(folder / "model_index.json")
         found = next((name for name in _COMPONENTS if index.get(name, [None])[0] is not None), None)
         if found is None:
             raise ModelError(f"the pipeline in '{folder}' has none of {list(_COMPONENTS)}")
+        tokens = text_tokens(str(index.get("_class_name")), _text_limits(folder), found)
         folder = folder / found
     if not (folder / "config.json").is_file():
         raise ModelError(f"'{folder}' is no diffusers folder: neither model_index.json nor config.json in it")
     config = _json(folder / "config.json")
-    return _from_config(str(config.get("_class_name")), config, str(folder))
+    model = _from_config(str(config.get("_class_name")), config, str(folder))
+    model.text_tokens = tokens  # type: ignore[assignment]
+    return model
+
+
+def _text_limits(folder: Path) -> dict[str, int]:
+    """Longest text of each tokenizer of a pipeline's folder that says it."""
+    limits = {}
+    for name in TOKENIZERS:
+        path = folder / name / "tokenizer_config.json"
+        limit = _json(path).get("model_max_length") if path.is_file() else None
+        if isinstance(limit, int):
+            limits[name] = limit
+    return limits
 
 
 def _json(path: Path) -> dict[str, Any]:
