@@ -41,7 +41,7 @@ from vislr.quantize import (
     weight_only_plan,
     without_slower,
 )
-from vislr.quantize.layers import Spec, quantized
+from vislr.quantize.layers import WAYS, Spec, quantized
 
 # name -> (rows, inputs, outputs): projections and feed-forwards of a level at 512 and 1024 pixels.
 LINEARS = {
@@ -142,6 +142,15 @@ def caller(module: Callable[[Any], Any], x: torch.Tensor, compiled: bool) -> Cal
     return call
 
 
+def failure(call: Callable[[], Any]) -> str:
+    """What a first call raises, in a line; empty if it runs."""
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+    return ""
+
+
 def linear_case(
     name: str, dtype: torch.dtype, compiled: bool, rounds: int, device: str, kinds: Collection[str]
 ) -> dict[str, Any]:
@@ -167,10 +176,9 @@ def linear_case(
             calls[f"vislr {kind}, {way}"] = caller(layer, x.to(dtype), compiled)
     for other, module in peers(low).items():
         call = caller(module, x.to(dtype), compiled)
-        try:
-            call()
-        except Exception as error:
-            notes.append(f"{other} does not run: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+        failed = failure(call)
+        if failed:
+            notes.append(f"{other} does not run: {failed}")
             continue
         calls[other] = call
     figures = measure.interleaved(calls, rounds=rounds, warmup=2, device=device)
@@ -260,10 +268,9 @@ def model_case(
     calls = {key: call(model, kwargs) for key, (model, kwargs) in models.items()}
     for other, model in {} if name in STEPS else model_peers(twin(plain, dtype)).items():
         peer = call(model, half)
-        try:
-            peer()
-        except Exception as error:
-            notes.append(f"{name}: {other} does not run: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+        failed = failure(peer)
+        if failed:
+            notes.append(f"{name}: {other} does not run: {failed}")
             continue
         notes.append(f"{name} {other}: {stored(plain):.2f} -> {stored(model):.2f} MB")
         calls[other] = peer
@@ -277,7 +284,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="compile every layer and model")
     parser.add_argument("--eager-ways", action="store_true", help="choose ways uncompiled: a hundred compilations less")
-    parser.add_argument("--way", help="one way for all layers of a model: nothing is timed to choose, none is left out")
+    parser.add_argument(
+        "--way", choices=WAYS, help="one way for all layers of a model: nothing is timed to choose, none is left out"
+    )
     parser.add_argument("--only", nargs="*", default=[*LINEARS, "embedded"], help="cases; embedded: --models")
     parser.add_argument("--kinds", nargs="*", choices=tuple(KINDS), default=list(KINDS), help="what is quantised to")
     parser.add_argument("--models", nargs="*", default=["emoji-unet"], help="pipelines whose denoiser is timed")
