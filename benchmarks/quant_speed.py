@@ -2,13 +2,14 @@
 
     python benchmarks/quant_speed.py --dtype bfloat16 --compile
     python benchmarks/quant_speed.py --dtype float32 --only sd15-1024 embedded
-    python benchmarks/quant_speed.py --only sd15-step sdxl-step --rounds 2
+    python benchmarks/quant_speed.py --compile --only sd15-step sdxl-step --kinds 'W8A8 static' --rounds 3
 
 Linears of SD1.5's and SDXL's shapes with M = 1024 to 8192 rows: W8A8 (dynamic and static), W8A7, W4A8, W4A16, in every
 way that vislr has here, against the float linear in float32 and in --dtype; a step of SD1.5's and SDXL's UNets with
-random weights at 512 pixels, one sample; and a call of an embedded denoiser: each layer in its fastest way, and those
-that would be slower left in --dtype. Every shape is a case of its own, kept in the folder and not measured again. Peers
-that are not installed are named in the log. Writes a record when all cases are there.
+random weights at 512 pixels, one sample, compiled block by block; and a call of an embedded denoiser, compiled
+as a whole, and its pipeline from caption to picture: each layer in its fastest way, and those that would be slower left
+in --dtype. Every shape is a case of its own, kept in the folder and not measured again. Peers that are not installed
+are named in the log. Writes a record when all cases are there.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from prune_latency import built
 from torch import nn
 
@@ -42,6 +46,7 @@ from vislr.quantize import (
     without_slower,
 )
 from vislr.quantize.layers import WAYS, Spec, quantized
+from vislr.quantize.trajectories import quiet
 
 # name -> (rows, inputs, outputs): projections and feed-forwards of a level at 512 and 1024 pixels.
 LINEARS = {
@@ -57,7 +62,7 @@ LINEARS = {
     "text-154": (154, 2048, 1280),
     "time-2": (2, 1280, 1280),
 }
-# name -> architecture
+# name -> architecture, with random weights.
 STEPS = {"sd15-step": "sd15", "sdxl-step": "sdxl"}
 KINDS = {
     "W8A8 dynamic": Spec(8, 8, "dynamic", None, "uniform", True, 0),
@@ -68,6 +73,7 @@ KINDS = {
     "W8A16": Spec(8, 16, "none", None, "uniform", True, 0),
 }
 PEERS = ("torchao", "sdnq", "optimum")
+PROMPT = "noto style, a cat face"
 
 
 def peers(linear: nn.Linear) -> dict[str, nn.Module]:
@@ -100,26 +106,26 @@ def peers(linear: nn.Linear) -> dict[str, nn.Module]:
     return found
 
 
-def model_peers(model: nn.Module) -> dict[str, nn.Module]:
+def model_peers(model: Any) -> dict[str, nn.Module]:
     """A denoiser with its linears quantised by other packages that are installed."""
     found: dict[str, nn.Module] = {}
     if importlib.util.find_spec("torchao"):
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
-        found["torchao W8A8 dynamic"] = copy.deepcopy(model)
+        found["torchao W8A8 dynamic"] = twin(model, model.dtype)
         quantize_(found["torchao W8A8 dynamic"], Int8DynamicActivationInt8WeightConfig())
     if importlib.util.find_spec("sdnq"):
         from sdnq.quantizer import sdnq_post_load_quant
 
         # Its limits on size would leave most of a small model as it is.
         found["sdnq W8A8 dynamic"] = sdnq_post_load_quant(
-            copy.deepcopy(model), weights_dtype="int8", use_quantized_matmul=True, minimum_allowed_numel=0,
+            twin(model, model.dtype), weights_dtype="int8", use_quantized_matmul=True, minimum_allowed_numel=0,
             minimum_allowed_channel_size=1, quantization_device="cpu",
         )  # fmt: skip
     if importlib.util.find_spec("optimum"):
         from optimum.quanto import freeze, qint8, quantize
 
-        found["quanto W8A16"] = copy.deepcopy(model)
+        found["quanto W8A16"] = twin(model, model.dtype)
         quantize(found["quanto W8A16"], weights=qint8)
         freeze(found["quanto W8A16"])
     return found
@@ -185,15 +191,14 @@ def linear_case(
     return {"figures": {key: one.to_dict() for key, one in figures.items()}, "notes": notes}
 
 
-def subject(name: str, dtype: torch.dtype, device: str) -> tuple[Any, Any, Any, dict[str, Any]]:
-    """What is quantised and by what source, the denoiser itself, and inputs of one call."""
+def subject(name: str, device: str) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """What is quantised and by what source, the denoiser itself, and inputs of one call; all in float32."""
     if name in STEPS:
-        unet = built(STEPS[name], dtype, device)
-        inputs = in_dtype(sample_inputs(unet, {"height": 64, "width": 64}, device=device), dtype)
+        unet = built(STEPS[name], torch.float32, device)
+        inputs = sample_inputs(unet, {"height": 64, "width": 64}, device=device)
         return unet, [inputs], unet, inputs
     pipe = vislr.load(name).to(device)
-    options = {} if hasattr(pipe, "unet") else {"max_sequence_length": 16}
-    runs = Trajectories(("",), 1, 1, 4, options=options)
+    runs = Trajectories(("",), 1, 1, 4)
     return pipe, runs, denoiser_of(pipe)[1], trajectory_inputs(pipe, runs)[0]
 
 
@@ -211,17 +216,42 @@ def twin(model: nn.Module, dtype: torch.dtype) -> Any:
     return copy.deepcopy(model).to(dtype)
 
 
+def compile_model(model: nn.Module, by_block: bool) -> None:
+    """Compile a denoiser in place: whole, or its resnets and transformer blocks, of which equal ones compile once."""
+    blocks = [one for one in model.modules() if isinstance(one, (ResnetBlock2D, BasicTransformerBlock))]
+    for part in blocks if by_block else [model]:
+        part.compile(dynamic=False)
+
+
+def pipeline_calls(name: str, models: dict[str, Any], device: str) -> dict[str, Callable[[], Any]]:
+    """From a caption to a picture: the embedded pipeline with each of the denoisers in its place."""
+    pipes = {}
+    calls = {}
+    for key, model in models.items():
+        if model.dtype not in pipes:
+            pipes[model.dtype] = vislr.load(name, dtype=model.dtype).to(device)
+        # Text encoder and decoder are shared.
+        pipe = copy.copy(pipes[model.dtype])
+        pipe.register_modules(**{denoiser_of(pipe)[0]: model})
+
+        def call(pipe: Any = pipe) -> Any:
+            rng = torch.Generator().manual_seed(0)
+            with quiet(pipe):
+                return pipe(PROMPT, num_inference_steps=20, guidance_scale=4.0, generator=rng)
+
+        calls[key] = call
+    return calls
+
+
 def model_case(
     name: str, dtype: torch.dtype, compiled: bool, rounds: int, device: str, kinds: Collection[str], ways: Path,
     eager_ways: bool, way: str | None,
 ) -> dict[str, Any]:  # fmt: skip
     """A call of a denoiser, float and quantised, each layer in its fastest way. Embedded ones under guidance."""
-    whole, runs, plain, inputs = subject(name, dtype, device)
+    step = name in STEPS
+    whole, runs, plain, inputs = subject(name, device)
     plain.to(memory_format=torch.channels_last)
     half = in_dtype(inputs, dtype)
-    models = {str(dtype).removeprefix("torch."): (twin(plain, dtype), half)}
-    if dtype != torch.float32 and name not in STEPS:
-        models["float32"] = (plain, inputs)
     notes = []
     plans = {}
     for kind, bits in (("W8A8 static", 8), ("W8A7 static", 7)):
@@ -229,24 +259,37 @@ def model_case(
             plans[kind] = ptq_plan(whole, 8, bits, source=runs)
     if "W8A8 dynamic" in kinds:
         plans["W8A8 dynamic"] = ptq_plan(whole, 8, 8, inputs="dynamic")
-    if name not in STEPS and "W4A16 groups" in kinds:
+    if "W8A16" in kinds:
+        plans["W8A16"] = weight_only_plan(whole, 8, group=None, ends=True)
+    if not step and "W4A16 groups" in kinds:
         plans["W4A16 groups"] = weight_only_plan(whole, 4)
+    models: dict[str, tuple[Any, Any]] = {}
+    if step:
+        # Two copies of SDXL in float32 are more than a small machine has.
+        plain.to(dtype)
+        models[str(dtype).removeprefix("torch.")] = (plain, half)
+    else:
+        models[str(dtype).removeprefix("torch.")] = (twin(plain, dtype), half)
+        if dtype != torch.float32:
+            models["float32"] = (plain, inputs)
+    megabytes = sizes(plain).total / 1e6
     for kind, plan in plans.items():
         for faster in (False, True):
             model = twin(plain, dtype)
             vislr.apply(model, plan)
+            for layer in quant_layers(model).values():
+                # Of these the first forward is soonest done, which shows `choose_ways` the layers' inputs.
+                quick = (way, "dequantise") if way is not None else ("integer", "packed", "dequantise")
+                layer.way = next(one for one in quick if one in layer.ways())
+            size = f"{megabytes:.2f} -> {sizes(model).total / 1e6:.2f} MB"
             if way is not None:
-                for layer in quant_layers(model).values():
-                    layer.way = way if way in layer.ways() else "dequantise"
-                notes.append(
-                    f"{name} {kind}, all {way}: {sizes(plain).total / 1e6:.2f} -> {sizes(model).total / 1e6:.2f} MB"
-                )
+                notes.append(f"{name} {kind}, all {way}: {size}")
                 models[f"vislr {kind}, all {way}"] = (model, half)
                 break
             found = choose_ways(model, half, cache=ways, rounds=3, compile=compiled and not eager_ways)
             title = f"{kind}, slower layers left out" if faster else kind
             notes += [f"{name} {title}: {note}" for note in found.notes()]
-            notes.append(f"{name} {title}: {sizes(plain).total / 1e6:.2f} -> {sizes(model).total / 1e6:.2f} MB")
+            notes.append(f"{name} {title}: {size}")
             models[f"vislr {title}"] = (model, half)
             try:
                 plan = without_slower(plan, found)
@@ -255,30 +298,43 @@ def model_case(
                 break
             if len(plan.layers) == len(found.layers):
                 break
+            if step and not faster:
+                # A minute a call: only what one would ship is timed.
+                del models[f"vislr {title}"]
+    others = model_peers(models[str(dtype).removeprefix("torch.")][0])
+    models |= {other: (model, half) for other, model in others.items()}
 
     def call(model: Any, kwargs: dict[str, Any]) -> Callable[[], Any]:
-        run = torch.compile(model) if compiled else model
-
         def once() -> Any:
             with torch.no_grad():
-                return run(**kwargs)
+                return model(**kwargs)
 
         return once
 
-    calls = {key: call(model, kwargs) for key, (model, kwargs) in models.items()}
-    for other, model in {} if name in STEPS else model_peers(twin(plain, dtype)).items():
-        peer = call(model, half)
-        failed = failure(peer)
-        if failed:
-            notes.append(f"{name}: {other} does not run: {failed}")
-            continue
-        notes.append(f"{name} {other}: {stored(plain):.2f} -> {stored(model):.2f} MB")
-        calls[other] = peer
-    figures = measure.interleaved(calls, rounds=rounds, warmup=1 if name in STEPS else 2, device=device)
+    calls = {}
+    for key, (model, kwargs) in models.items():
+        if compiled:
+            compile_model(model, step)
+        calls[key] = call(model, kwargs)
+        # The first call compiles, and is the warm-up of steps that take a minute.
+        if key not in others:
+            calls[key]()
+        elif failed := failure(calls[key]):
+            del calls[key]
+            notes.append(f"{name}: {key} does not run: {failed}")
+        else:
+            notes.append(f"{name} {key}: {megabytes:.2f} -> {stored(model):.2f} MB")
+    figures = measure.interleaved(calls, rounds=rounds, warmup=0 if step else 2, device=device)
+    if not step:
+        whole_calls = pipeline_calls(name, {key: models[key][0] for key in calls}, device)
+        timed = measure.interleaved(whole_calls, rounds=rounds, warmup=2, device=device)
+        figures |= {f"pipeline {key}": one for key, one in timed.items()}
     return {"figures": {key: one.to_dict() for key, one in figures.items()}, "notes": notes}
 
 
 def main() -> None:
+    # Every case compiles the same classes anew; after eight versions torch would leave them as they are.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1 << 20
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -139,12 +139,13 @@ def choose_ways(
         if not wanted <= set(known.get(key, {})):
             known[key] = _times(layer, x, sorted(wanted - {FLOAT}), rounds, compile)
             measured += 1
+            # Compiled, a kind takes many seconds: what a stopped run has measured is kept.
+            if cache is not None:
+                write_json(cache, known)
         seconds = {way: known[key][way] for way in sorted(wanted)}
         layer.way = min((way for way in seconds if way != FLOAT), key=seconds.__getitem__)
         layer.forget()
         found.append(LayerTime(site, tuple(x.shape), seconds, layer.way))
-    if cache is not None and measured:
-        write_json(cache, known)
     where = f"{device_name(first.device)}, {str(first.dtype).removeprefix('torch.')}"
     if first.device.type == "cpu":
         where += f", {torch.get_num_threads()} threads"
