@@ -8,15 +8,15 @@ Linears of SD1.5's and SDXL's shapes with M = 1024 to 8192 rows: W8A8 (dynamic a
 way that vislr has here, against the float linear in float32 and in --dtype; a step of SD1.5's and SDXL's UNets with
 random weights at 512 pixels, one sample, compiled block by block; and a call of an embedded denoiser, compiled
 as a whole, and its pipeline from caption to picture: each layer in its fastest way, and those that would be slower left
-in --dtype. Every shape is a case of its own, kept in the folder and not measured again. Peers that are not installed
-are named in the log. Writes a record when all cases are there.
+in --dtype. Every shape is a case of its own, kept in the folder and not measured again. The log names the peers'
+versions, and which are absent. Writes a record when all cases are there.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
+import importlib.metadata
 import io
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -72,14 +72,23 @@ KINDS = {
     "W4A16 groups": Spec(4, 16, "none", 64, "uniform", False, 0),
     "W8A16": Spec(8, 16, "none", None, "uniform", True, 0),
 }
-PEERS = ("torchao", "sdnq", "optimum")
+# Packages. sdnq multiplies int8 by OpenVINO on a CPU where that is installed, and many times slower without.
+PEERS = ("torchao", "sdnq", "openvino", "optimum-quanto")
 PROMPT = "noto style, a cat face"
+
+
+def installed(package: str) -> str:
+    """The version of a peer, or nothing."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def peers(linear: nn.Linear) -> dict[str, nn.Module]:
     """The same linear, quantised by other packages that are installed."""
     found: dict[str, nn.Module] = {}
-    if importlib.util.find_spec("torchao"):
+    if installed("torchao"):
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 
         for name, config in (
@@ -89,14 +98,14 @@ def peers(linear: nn.Linear) -> dict[str, nn.Module]:
             holder = nn.Sequential(copy.deepcopy(linear))
             quantize_(holder, config)
             found[name] = holder
-    if importlib.util.find_spec("sdnq"):
+    if installed("sdnq"):
         from sdnq import SDNQConfig
         from sdnq.quantizer import sdnq_quantize_layer
 
         for name, product in (("sdnq W8A16", False), ("sdnq W8A8 dynamic", True)):
             config = SDNQConfig(weights_dtype="int8", use_quantized_matmul=product, quantization_device="cpu")
             found[name] = sdnq_quantize_layer(copy.deepcopy(linear), config)[0]
-    if importlib.util.find_spec("optimum"):
+    if installed("optimum-quanto"):
         from optimum.quanto import freeze, qint8, quantize
 
         holder = nn.Sequential(copy.deepcopy(linear))
@@ -109,12 +118,12 @@ def peers(linear: nn.Linear) -> dict[str, nn.Module]:
 def model_peers(model: Any) -> dict[str, nn.Module]:
     """A denoiser with its linears quantised by other packages that are installed."""
     found: dict[str, nn.Module] = {}
-    if importlib.util.find_spec("torchao"):
+    if installed("torchao"):
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
         found["torchao W8A8 dynamic"] = twin(model, model.dtype)
         quantize_(found["torchao W8A8 dynamic"], Int8DynamicActivationInt8WeightConfig())
-    if importlib.util.find_spec("sdnq"):
+    if installed("sdnq"):
         from sdnq.quantizer import sdnq_post_load_quant
 
         # Its limits on size would leave most of a small model as it is.
@@ -122,7 +131,7 @@ def model_peers(model: Any) -> dict[str, nn.Module]:
             twin(model, model.dtype), weights_dtype="int8", use_quantized_matmul=True, minimum_allowed_numel=0,
             minimum_allowed_channel_size=1, quantization_device="cpu",
         )  # fmt: skip
-    if importlib.util.find_spec("optimum"):
+    if installed("optimum-quanto"):
         from optimum.quanto import freeze, qint8, quantize
 
         found["quanto W8A16"] = twin(model, model.dtype)
@@ -358,8 +367,7 @@ def main() -> None:
     if unknown:
         parser.error(f"no case '{unknown[0]}'; choose from {', '.join([*LINEARS, *STEPS, 'embedded'])}")
     cases += a.models if "embedded" in a.only else []
-    absent = [name for name in PEERS if importlib.util.find_spec(name) is None]
-    log = f"peers that are not installed: {', '.join(absent) or 'none'}\n"
+    log = f"peers: {', '.join(name + ' ' + (installed(name) or 'absent') for name in PEERS)}\n"
     figures: dict[str, Measurement] = {}
     for name in cases:
         path = folder / f"{name}.json"
