@@ -10,6 +10,7 @@ from torch import nn
 
 import vislr
 from vislr.core.errors import ConfigError
+from vislr.core.files import read_json
 from vislr.kernels.dispatch import cpu_has
 from vislr.quantize import (
     Trajectories,
@@ -17,6 +18,7 @@ from vislr.quantize import (
     mixed_plan,
     ptq_plan,
     quant_layers,
+    running,
     sensitivity,
     trajectory_inputs,
     without_slower,
@@ -111,6 +113,27 @@ def test_ways_are_measured_once_kept_and_reported(student, sd, tmp_path):
     assert all(one.site in second.table() for one in second.layers)
     with torch.no_grad():
         assert (student(**inputs)[0] - before).norm() < 0.05 * before.norm()
+
+
+def test_a_stopped_choice_goes_on_where_it_was(tmp_path, monkeypatch):
+    spec = Spec(8, 8, "dynamic", None, "uniform", True, 0)
+    widths = (8, 16, 24, 32)
+    net = nn.Sequential(*(quantized(nn.Linear(a, b), spec, "minmax") for a, b in itertools.pairwise(widths)))
+    inputs, cache, timed = {"input": torch.randn(4, 8)}, tmp_path / "ways.json", running.interleaved
+
+    def stopped_at_the_third(calls, **options):
+        if cache.is_file() and len(read_json(cache)) == 2:
+            raise KeyboardInterrupt
+        return timed(calls, **options)
+
+    monkeypatch.setattr(running, "interleaved", stopped_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        choose_ways(net, inputs, cache=cache, rounds=6)
+    kept = read_json(cache)
+    monkeypatch.setattr(running, "interleaved", timed)
+    assert choose_ways(net, inputs, cache=cache, rounds=6).measured == 1
+    assert kept.items() <= read_json(cache).items()
+    assert len(read_json(cache)) == 3
 
 
 @pytest.mark.slow
