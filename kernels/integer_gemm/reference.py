@@ -6,13 +6,16 @@ the four-bit forms, groups along K.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from vislr.kernels.dispatch import cpu_has
 
-# Sums of this many products of two int8 codes are exact in float32.
-EXACT_IN_FLOAT32 = 1024
+# Whole numbers below this are exact in float32.
+EXACT_IN_FLOAT32 = 1 << 24
 LEVELS = 127
 # The zero of four-bit codes when none is given.
 MIDDLE = 8
@@ -25,15 +28,120 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes.to(torch.int8), scale
 
 
-def int_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x (M, K) weight (N, K)^T in exact int32."""
-    # Without instructions for it torch's integer product takes 30 times as long as one of float32.
-    if x.device.type == "cpu" and min(*x.shape, *weight.shape) > 0 and cpu_has("int8"):
-        return torch._int_mm(x, weight.mT)
-    total = torch.zeros(x.shape[0], weight.shape[0], dtype=torch.int32, device=x.device)
-    for a, b in zip(x.split(EXACT_IN_FLOAT32, 1), weight.split(EXACT_IN_FLOAT32, 1), strict=True):
-        total += (a.float() @ b.float().mT).to(torch.int32)
-    return total
+def exact(product: Callable[..., torch.Tensor], x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """product(x, weight) of whole numbers in float32, summed without rounding.
+
+    Sums of |weight| times the largest |x| bound every partial sum, in any order. Where that could leave what float32
+    holds exactly, the channels, dimension 1 of both, are taken in pieces, whose sums are added as integers.
+    """
+    largest = torch.linalg.vector_norm(x, float("inf")).item() if x.numel() else 0.0
+
+    def fits(size: int) -> bool:
+        axes = tuple(range(1, weight.dim()))
+        return all(
+            torch.linalg.vector_norm(part, 1, axes).max().item() * largest < EXACT_IN_FLOAT32
+            for part in weight.split(size, 1)
+        )
+
+    if weight.numel() == 0:
+        return product(x, weight)
+    size = weight.shape[1]
+    while not fits(size):
+        if size == 1:
+            return product(x.double(), weight.double()).float()
+        size = -(-size // 2)
+    if size == weight.shape[1]:
+        return product(x, weight)
+    parts = zip(x.split(size, 1), weight.split(size, 1), strict=True)
+    total = torch.zeros((), dtype=torch.int32, device=x.device)
+    for a, b in parts:
+        total = total + product(a, b).to(torch.int32)
+    return total.float()
+
+
+# Operators, since the choice of pieces depends on the numbers, which neither torch.compile nor an export can follow;
+# exports, which shall run without vislr, sum in float64.
+@torch.library.custom_op("vislr::exact_linear", mutates_args=())
+def _exact_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return exact(F.linear, x, weight)
+
+
+@_exact_linear.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _laid_out_like(x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return result.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+@torch.library.custom_op("vislr::exact_conv2d", mutates_args=())
+def _exact_conv2d(
+    x: torch.Tensor, weight: torch.Tensor, stride: list[int], padding: list[int], dilation: list[int]
+) -> torch.Tensor:
+    def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(a, b, None, stride, padding, dilation)
+
+    # Other backends' float32 convolutions may transform their inputs (Winograd), which rounds.
+    if x.device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
+        return _laid_out_like(x, exact(product, x, weight))
+    return _laid_out_like(x, product(x.double(), weight.double()).float())
+
+
+@_exact_conv2d.register_fake
+def _(
+    x: torch.Tensor, weight: torch.Tensor, stride: list[int], padding: list[int], dilation: list[int]
+) -> torch.Tensor:
+    return _laid_out_like(x, F.conv2d(x, weight, None, stride, padding, dilation))
+
+
+register_flop_formula(torch.ops.vislr.exact_linear)(lambda x, weight, **_: 2 * x[0] * x[1] * weight[0])
+register_flop_formula(torch.ops.vislr.exact_conv2d)(
+    lambda x, weight, *_, out_shape, **__: conv_flop_count(list(x), list(weight), list(out_shape))
+)
+
+
+def _values(codes: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+    """codes - zero in float32; a zero for each of dimension 0."""
+    values = codes.float()
+    return values if zero is None else values.sub_(zero.view(-1, *(1,) * (codes.dim() - 1)))
+
+
+def _scaled(
+    total: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """total x_scale_m weight_scale_n + bias_n; total (M, N, *S) is overwritten."""
+    ones = (1,) * (total.dim() - 2)
+    total.mul_(x_scale.view(-1, 1, *ones)).mul_(weight_scale.view(-1, *ones))
+    if bias is not None:
+        total.add_(bias.float().view(-1, *ones))
+    return total.to(dtype)
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x weight^T of whole numbers in float32."""
+    if torch.compiler.is_exporting():
+        return F.linear(x.double(), weight.double()).float()
+    return _exact_linear(x, weight)
+
+
+def _conv2d(
+    x: torch.Tensor, weight: torch.Tensor, stride: list[int], padding: list[int], dilation: list[int]
+) -> torch.Tensor:
+    """The convolution of whole numbers in float32."""
+    if torch.compiler.is_exporting():
+        return F.conv2d(x.double(), weight.double(), None, stride, padding, dilation).float()
+    return _exact_conv2d(x, weight, stride, padding, dilation)
+
+
+def _multiplies(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether to take torch's product of int8: without instructions for it it takes 30 times as long as float32's."""
+    return x.device.type == "cpu" and min(*x.shape, *weight.shape) > 0 and cpu_has("int8")
 
 
 def linear_w8a8(
@@ -47,15 +155,17 @@ def linear_w8a8(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """x_scale_m weight_scale_n sum_k (x - x_zero_m) (weight - weight_zero_n) + bias_n."""
-    total = int_product(x, weight)
+    if not _multiplies(x, weight):
+        total = _linear(_values(x, x_zero), _values(weight, weight_zero))
+        return _scaled(total, x_scale, weight_scale, bias, dtype)
+    products = torch._int_mm(x, weight.mT)
     if x_zero is not None:
-        total -= x_zero[:, None] * weight.sum(1, dtype=torch.int32)
+        products -= x_zero[:, None] * weight.sum(1, dtype=torch.int32)
     if weight_zero is not None:
-        total -= weight_zero * x.sum(1, dtype=torch.int32)[:, None]
+        products -= weight_zero * x.sum(1, dtype=torch.int32)[:, None]
     if x_zero is not None and weight_zero is not None:
-        total += x.shape[1] * x_zero[:, None] * weight_zero
-    out = total.float() * x_scale[:, None] * weight_scale
-    return (out if bias is None else out + bias.float()).to(dtype)
+        products += x.shape[1] * x_zero[:, None] * weight_zero
+    return _scaled(products.float(), x_scale, weight_scale, bias, dtype)
 
 
 def pack_int4(codes: torch.Tensor, group: int) -> torch.Tensor:
@@ -115,10 +225,10 @@ def linear_w4a8(
     padded = F.pad(x, (0, 2 * packed.shape[1] - x.shape[1])).unflatten(1, (-1, group))
     total = torch.zeros(x.shape[0], packed.shape[0], device=x.device)
     for index in range(weight.shape[1]):
-        part = int_product(padded[:, index].contiguous(), weight[:, index].contiguous())
-        total += part.float() * scale[:, index].float()
-    out = total * x_scale[:, None]
-    return (out if bias is None else out + bias.float()).to(dtype)
+        a, b = padded[:, index].contiguous(), weight[:, index].contiguous()
+        part = torch._int_mm(a, b.mT).float() if _multiplies(a, b) else _linear(a.float(), b.float())
+        total.addcmul_(part, scale[:, index].float())
+    return _scaled(total, x_scale, total.new_ones(1), bias, dtype)
 
 
 def conv_w8a8(
@@ -134,12 +244,7 @@ def conv_w8a8(
     dilation: list[int],
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The convolution of the values, zeros around; sums are exact (float64 holds them)."""
-    pixels, taps = x.double(), weight.double()
-    if x_zero is not None:
-        pixels = pixels - x_zero[:, None, None, None]
-    if weight_zero is not None:
-        taps = taps - weight_zero[:, None, None, None]
-    total = F.conv2d(pixels, taps, None, stride, padding, dilation).float()
-    out = total * x_scale[:, None, None, None] * weight_scale[:, None, None]
-    return (out if bias is None else out + bias.float()[:, None, None]).to(dtype)
+    """The convolution of the values, zeros around; its sums are exact."""
+
+    pixels, taps = _values(x, x_zero), _values(weight, weight_zero)
+    return _scaled(_conv2d(pixels, taps, stride, padding, dilation), x_scale, weight_scale, bias, dtype)

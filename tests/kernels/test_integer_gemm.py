@@ -53,6 +53,39 @@ def test_sums_are_exact(mode):
     assert y.item() == -126.0
 
 
+def one_by_one(x, weight):
+    """Products added in their order, in the dtype of x: rounds wherever a sum on the way is too large."""
+    total = torch.zeros(x.shape[0], weight.shape[0], dtype=x.dtype)
+    for a, b in zip(x.unbind(1), weight.unbind(1), strict=True):
+        total += a[:, None] * b
+    return total
+
+
+def test_exact_in_any_order():
+    """1100 products of 127 * 127, one of 1, and 1100 that take the first away: float32 loses the one."""
+    x = torch.full((1, 2201), 127.0)
+    weight = torch.cat((torch.full((1, 1100), 127.0), torch.ones(1, 1), torch.full((1, 1100), -127.0)), 1)
+    x[0, 1100] = 1
+    assert one_by_one(x, weight).item() != 1
+    assert reference.exact(one_by_one, x, weight).item() == 1
+    # Small weights need no pieces: one product.
+    calls = []
+    reference.exact(lambda a, b: calls.append(a.shape[1]) or F.linear(a, b), x, weight.sign())
+    assert calls == [2201]
+
+
+@pytest.mark.parametrize(("channels", "side"), [(300, 3), (1, 40)], ids=["pieces", "one channel"])
+def test_exact_convolution(channels, side):
+    """The largest codes there are, more than float32 can sum."""
+    torch.manual_seed(0)
+    x, weight = (torch.full((1, channels, side, side), sign, dtype=torch.int8) for sign in (127, -128))
+    x[0, 0, 0, 0] -= 1
+    ones, zero = torch.ones(1), torch.tensor([-128], dtype=torch.int32)
+    with kernels.use("reference"):
+        y = kernels.conv_w8a8(x, weight, ones, ones, None, zero, dtype=torch.float32)
+    assert y.item() == torch.tensor(-128.0 * (255 * channels * side * side - 1)).item()
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_linear_w8a8_of_nothing(mode):
     with kernels.use(mode):

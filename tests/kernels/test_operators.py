@@ -1,5 +1,6 @@
 """Operators inside torch: opcheck, one graph, export, FLOPs; the switch and the tables."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -54,11 +55,16 @@ def calls():
         "linear_w4a16": (torch.randn(3, 50, requires_grad=True), packed, scale, None, None, 64),
         "linear_w4a8": (eight, packed, ones, scale, None, None, 64, torch.float32),
         "conv_w8a8": (pixels, taps, ones[:1], ones, None, None, None, *geometry, torch.float32),
+        "exact_linear": (eight.float(), eight.float()),
+        "exact_conv2d": (pixels.float(), taps.float(), *geometry),
     }
 
 
 @pytest.mark.parametrize("name", calls())
 def test_opcheck(name):
+    # Operators are registered when their folder is imported.
+    for folder in ("attention", "integer_gemm", "tucker_conv"):
+        importlib.import_module(f"vislr.kernels.{folder}.ops")
     torch.library.opcheck(getattr(OPS, name).default, calls()[name])
 
 
@@ -143,12 +149,14 @@ def test_flops_of_kernel_and_reference_agree():
     eight = torch.randint(-128, 128, (6, 64), dtype=torch.int8)
     packed, scale = four_bits()
     ones = torch.ones(6)
+    pixels, taps = torch.ones(1, 4, 5, 5, dtype=torch.int8), torch.ones(6, 4, 3, 3, dtype=torch.int8)
     attend = 4 * 2 * 12 * 12 * 16
     expected = {
         "attention": (lambda: kernels.attention_with_lse(q, k, v), attend),
         "column sum": (lambda: kernels.attention_column_sum(q, k, q[..., 0], q[..., 0]), 2 * 2 * 12 * 12 * 17),
         "tucker": (lambda: adapted(x, down, core, up, base), 2 * 25 * (8 * 4 + 9 * 16 + 4 * 6)),
         "w8a8": (lambda: kernels.linear_w8a8(eight, eight, ones, ones), 2 * 6 * 6 * 64),
+        "conv": (lambda: kernels.conv_w8a8(pixels, taps, ones[:1], ones), 2 * 6 * 9 * 4 * 9),
         "w4a16": (lambda: kernels.linear_w4a16(torch.ones(3, 64), packed, scale, group=64), 2 * 3 * 6 * 64),
     }
     for name, (call, number) in expected.items():
