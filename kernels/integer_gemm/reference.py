@@ -14,8 +14,8 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from vislr.kernels.dispatch import cpu_has
 
-# Whole numbers below this are exact in float32.
-EXACT_IN_FLOAT32 = 1 << 24
+# Whole numbers below 2^24 are exact in float32; a little less, since the bounds of sums are rounded.
+EXACT_IN_FLOAT32 = 0.999 * (1 << 24)
 LEVELS = 127
 # The zero of four-bit codes when none is given.
 MIDDLE = 8
@@ -31,30 +31,27 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def exact(product: Callable[..., torch.Tensor], x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """product(x, weight) of whole numbers in float32, summed without rounding.
 
-    Sums of |weight| times the largest |x| bound every partial sum, in any order. Where that could leave what float32
-    holds exactly, the channels, dimension 1 of both, are taken in pieces, whose sums are added as integers.
+    By Cauchy and Schwarz no partial sum, in any order, is larger than the norm of the inputs that meet in it times that
+    of a row of the weight. Where that could leave what float32 holds exactly, the channels, dimension 1 of both, are
+    taken in pieces, whose sums are added as integers.
     """
-    largest = torch.linalg.vector_norm(x, float("inf")).item() if x.numel() else 0.0
-
-    def fits(size: int) -> bool:
-        axes = tuple(range(1, weight.dim()))
-        return all(
-            torch.linalg.vector_norm(part, 1, axes).max().item() * largest < EXACT_IN_FLOAT32
-            for part in weight.split(size, 1)
-        )
-
-    if weight.numel() == 0:
+    if x.numel() == 0 or weight.numel() == 0:
         return product(x, weight)
+    taps = weight.shape[2:].numel()
+
+    def fits(a: torch.Tensor, b: torch.Tensor) -> bool:
+        inputs = torch.linalg.vector_norm(a, dim=1).max().item() * taps**0.5
+        return inputs * torch.linalg.vector_norm(b.flatten(1), dim=1).max().item() < EXACT_IN_FLOAT32
+
     size = weight.shape[1]
-    while not fits(size):
+    while not all(map(fits, x.split(size, 1), weight.split(size, 1))):
         if size == 1:
             return product(x.double(), weight.double()).float()
         size = -(-size // 2)
     if size == weight.shape[1]:
         return product(x, weight)
-    parts = zip(x.split(size, 1), weight.split(size, 1), strict=True)
     total = torch.zeros((), dtype=torch.int32, device=x.device)
-    for a, b in parts:
+    for a, b in zip(x.split(size, 1), weight.split(size, 1), strict=True):
         total = total + product(a, b).to(torch.int32)
     return total.float()
 

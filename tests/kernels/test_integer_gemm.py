@@ -68,7 +68,7 @@ def test_exact_in_any_order():
     x[0, 1100] = 1
     assert one_by_one(x, weight).item() != 1
     assert reference.exact(one_by_one, x, weight).item() == 1
-    # Small weights need no pieces: one product.
+    # Small weights are not taken in pieces.
     calls = []
     reference.exact(lambda a, b: calls.append(a.shape[1]) or F.linear(a, b), x, weight.sign())
     assert calls == [2201]
