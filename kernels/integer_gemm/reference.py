@@ -242,6 +242,5 @@ def conv_w8a8(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """The convolution of the values, zeros around; its sums are exact."""
-
     pixels, taps = _values(x, x_zero), _values(weight, weight_zero)
     return _scaled(_conv2d(pixels, taps, stride, padding, dilation), x_scale, weight_scale, bias, dtype)
